@@ -1,0 +1,73 @@
+"""Expert and data parallelism for PyTorch Lightning: ``Trainer(strategy=MoEStrategy(...))``.
+
+Public names are loaded on first use (PEP 562), so that ``import lightning_moe`` and the commands that only
+look at configuration do not pay for importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_moe.config import ChronosMoEConfig, MoEConfig, OptimizerConfig, ParallelConfig
+    from lightning_moe.data import SeriesDataModule
+    from lightning_moe.errors import ConfigError
+    from lightning_moe.models.chronos_moe import ChronosMoE
+    from lightning_moe.moe import MoELayer
+    from lightning_moe.parallel.mesh import ParallelMesh
+    from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec, shard_specs
+    from lightning_moe.strategy import MoEStrategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChronosMoE",
+    "ChronosMoEConfig",
+    "ConfigError",
+    "MoEConfig",
+    "MoELayer",
+    "MoEStrategy",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ParallelMesh",
+    "SeriesDataModule",
+    "ShardSpec",
+    "__version__",
+    "set_shard_spec",
+    "shard_specs",
+]
+
+
+def _home_of(name: str) -> str | None:
+    """Return the module that defines a public name."""
+    match name:
+        case "ChronosMoEConfig" | "MoEConfig" | "OptimizerConfig" | "ParallelConfig":
+            return "lightning_moe.config"
+        case "ConfigError":
+            return "lightning_moe.errors"
+        case "ParallelMesh":
+            return "lightning_moe.parallel.mesh"
+        case "ShardSpec" | "set_shard_spec" | "shard_specs":
+            return "lightning_moe.parallel.sharding"
+        case "MoELayer":
+            return "lightning_moe.moe"
+        case "ChronosMoE":
+            return "lightning_moe.models.chronos_moe"
+        case "SeriesDataModule":
+            return "lightning_moe.data"
+        case "MoEStrategy":
+            return "lightning_moe.strategy"
+        case _:
+            return None
+
+
+def __getattr__(name: str) -> object:
+    home = _home_of(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Sharded checkpoints that load at another topology."""

@@ -1,0 +1,127 @@
+"""Optimizer state between its two forms: numbered by position (torch) and keyed by parameter name (files).
+
+Positions mean nothing on another topology; names do. A state tensor with its parameter's shape (``exp_avg``) is sharded
+like the parameter, any other value (``step``) is the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.optim import Optimizer
+
+from lightning_moe.checkpoint.shards import LogicalShard, whole_shape
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.sharding import sharded_parameters
+from lightning_moe.parallel.state import local_part
+
+NamedState = dict[str, dict[str, Any]]
+"""``{parameter name: {"exp_avg": tensor, "step": tensor, ...}}``."""
+
+
+def name_optimizer_state(optimizer: Optimizer, numbered: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Key a ``state_dict`` of ``optimizer`` by parameter name; groups list names too."""
+    names = _names(optimizer, module)
+    state = {names[position]: dict(values) for position, values in numbered["state"].items()}
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in numbered["param_groups"]]
+    return {"state": state, "param_groups": groups}
+
+
+def number_optimizer_state(optimizer: Optimizer, named: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The inverse of :func:`name_optimizer_state`, in the parameter order of ``optimizer``.
+
+    Raises:
+        ConfigError: The optimizer has other parameter groups than the saved one.
+    """
+    names = _names(optimizer, module)
+    saved = [sorted(group["params"]) for group in named["param_groups"]]
+    position = 0
+    groups = []
+    for i, group in enumerate(optimizer.param_groups):
+        positions = list(range(position, position + len(group["params"])))
+        position += len(positions)
+        own = sorted(names[p] for p in positions)
+        if i >= len(saved) or own != saved[i]:
+            found = f"{len(saved[i])} parameters" if i < len(saved) else "no such group"
+            raise ConfigError(
+                f"optimizer.param_groups[{i}]",
+                f"{len(own)} parameters",
+                f"the group that the checkpoint holds ({found})",
+                "configure_optimizers must build the same groups as in the run that saved the checkpoint",
+            )
+        groups.append({**named["param_groups"][i], "params": positions})
+    numbers = {name: i for i, name in enumerate(names)}
+    state = {numbers[name]: dict(values) for name, values in named["state"].items() if name in numbers}
+    return {"state": state, "param_groups": groups}
+
+
+def mark_sharded(state: NamedState, module: nn.Module) -> NamedState:
+    """Wrap the tensors that are sharded like their parameter for DCP."""
+    marked: NamedState = {}
+    parameters = {name: (parameter, spec) for name, parameter, spec in sharded_parameters(module)}
+    for name, values in state.items():
+        parameter, spec = parameters[name]
+        marked[name] = {
+            key: LogicalShard.wrap(value, spec)
+            if spec is not None and isinstance(value, Tensor) and value.shape == parameter.shape
+            else value
+            for key, value in values.items()
+        }
+    return marked
+
+
+def unmark_sharded(state: NamedState) -> NamedState:
+    """The inverse of :func:`mark_sharded`."""
+    return {
+        name: {key: value.local if isinstance(value, LogicalShard) else value for key, value in values.items()}
+        for name, values in state.items()
+    }
+
+
+def cut_state(state: NamedState, module: nn.Module) -> NamedState:
+    """This rank's part of a state of whole tensors."""
+    cut: NamedState = {}
+    for name, parameter, spec in sharded_parameters(module):
+        for key, value in state.get(name, {}).items():
+            sharded = isinstance(value, Tensor) and value.shape == whole_shape(parameter, spec)
+            cut.setdefault(name, {})[key] = local_part(value, spec) if sharded else value
+    return cut
+
+
+def empty_state(section: str, optimizer: Optimizer, metadata: Metadata, module: nn.Module) -> NamedState:
+    """Targets for reading every saved value of the parameters that ``optimizer`` holds.
+
+    Args:
+        section: Name of the optimizer in the file, e.g. ``"optimizer_0"``.
+        optimizer: The optimizer to load into; its own state may still be empty.
+        metadata: The file's table of contents.
+        module: Module that the parameters belong to.
+    """
+    own = set(_names(optimizer, module))
+    parameters = {name: (parameter, spec) for name, parameter, spec in sharded_parameters(module) if name in own}
+    state: NamedState = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        path = metadata.planner_data[key]
+        if tuple(path[:2]) != (section, "state") or path[2] not in parameters:
+            continue
+        name, field = str(path[2]), str(path[3])
+        parameter, spec = parameters[name]
+        values = state.setdefault(name, {})
+        if not isinstance(entry, TensorStorageMetadata):
+            values[field] = None  # DCP puts the object that it reads here
+        elif spec is not None and tuple(entry.size) == whole_shape(parameter, spec):
+            empty = torch.empty(parameter.shape, dtype=entry.properties.dtype, device=parameter.device)
+            values[field] = LogicalShard.wrap(empty, spec)
+        else:
+            values[field] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    return state
+
+
+def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    """Name of the parameter at each position of the optimizer."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

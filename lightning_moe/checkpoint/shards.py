@@ -1,0 +1,90 @@
+"""Sharded tensors at the border to ``torch.distributed.checkpoint`` (DCP)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from lightning_moe.parallel.sharding import ShardSpec
+
+
+class LogicalShard(Tensor):
+    """A rank's part of a whole tensor, as DCP sees it: chunks at their logical offsets.
+
+    DCP lets a tensor describe its own chunks through three methods (DTensor uses them too). A DTensor can only describe
+    contiguous blocks in rank order; experts may be placed in any order, so each run of consecutive logical positions
+    becomes one chunk. Files therefore hold whole tensors in logical order, and any topology can read its own positions.
+    Replicas on other ranks describe the same chunks, and DCP writes each chunk once.
+    """
+
+    spec: ShardSpec
+
+    @classmethod
+    def wrap(cls, local: Tensor, spec: ShardSpec) -> Self:
+        """Wrap a local tensor without copying it."""
+        shard = torch.Tensor._make_subclass(cls, local.detach())
+        shard.spec = spec
+        return shard
+
+    @property
+    def local(self) -> Tensor:
+        """The local tensor itself."""
+        return self.as_subclass(torch.Tensor)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Size of the whole tensor, which DCP compares with the file's; ``shape`` stays the local one."""
+        whole = torch.Size(whole_shape(self.local, self.spec))
+        return whole if dim is None else whole[dim]
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """Local ``(start, stop)`` of each run of consecutive logical positions."""
+        index = self.spec.index
+        cuts = [i for i in range(1, len(index)) if index[i] != index[i - 1] + 1]
+        return list(pairwise([0, *cuts, len(index)])) if index else []
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """Offsets and sizes of the chunks in the whole tensor."""
+        chunks = []
+        for start, stop in self._runs():
+            offsets, sizes = [0] * self.dim(), list(self.shape)
+            offsets[self.spec.dim], sizes[self.spec.dim] = self.spec.index[start], stop - start
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        return chunks
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        """One write per chunk, each naming the whole tensor's size."""
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets, number),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for number, chunk in enumerate(self.__create_chunk_list__())
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        """The local slice that holds the chunk at ``index.offset``."""
+        assert index.offset is not None
+        start = self.spec.index.index(index.offset[self.spec.dim])
+        stop = next(stop for first, stop in self._runs() if first == start)
+        return self.local.narrow(self.spec.dim, start, stop - start)
+
+
+def to_logical(name: str, value: Any, specs: dict[str, ShardSpec]) -> Any:
+    """Wrap ``value`` if ``name`` is sharded; other values pass unchanged."""
+    spec = specs.get(name)
+    return LogicalShard.wrap(value, spec) if spec is not None and isinstance(value, Tensor) else value
+
+
+def whole_shape(local: Tensor, spec: ShardSpec | None) -> tuple[int, ...]:
+    """Shape of the whole tensor that ``local`` is a part of."""
+    shape = list(local.shape)
+    if spec is not None:
+        shape[spec.dim] = spec.size
+    return tuple(shape)

@@ -1,0 +1,82 @@
+"""The schema of a whole recipe, and the check of a recipe against it (torch-free).
+
+A recipe has LightningCLI's layout: ``seed_everything``, ``trainer``, ``model``, ``data``, ``ckpt_path``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import ClassVar
+
+from lightning_moe.config.chronos import ChronosMoEConfig
+from lightning_moe.config.loader import Document
+from lightning_moe.config.optimizer import OptimizerConfig
+from lightning_moe.config.ranges import Rule, within
+from lightning_moe.config.reader import Component, KnownValues, apply_rules, read_fields
+from lightning_moe.config.recipe_rules import RECIPE_RULES
+from lightning_moe.config.series import SeriesConfig
+from lightning_moe.config.trainer import TrainerRecipe
+from lightning_moe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChronosMoERecipe:
+    """What a recipe may give under ``model.init_args`` for :class:`lightning_moe.ChronosMoE`."""
+
+    config: ChronosMoEConfig | None = None
+    """Sizes, loss and feed-forward blocks of the model; null takes the defaults."""
+    optimizer: OptimizerConfig | None = None
+    """Optimizer and learning-rate schedule; null takes the defaults."""
+
+
+class ModelComponent(Component):
+    """A LightningModule by its class."""
+
+    known: ClassVar = MappingProxyType({"ChronosMoE": ChronosMoERecipe})
+
+
+class DataComponent(Component):
+    """A LightningDataModule by its class."""
+
+    known: ClassVar = MappingProxyType({"SeriesDataModule": SeriesConfig})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a recipe may say."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (within("seed_everything", 0, 2**32),)
+
+    seed_everything: bool | int = True
+    """Seed of all random numbers; true draws one."""
+    trainer: TrainerRecipe = field(default_factory=TrainerRecipe)
+    """Arguments of the Trainer."""
+    model: ModelComponent
+    """The LightningModule to train."""
+    data: DataComponent | None = None
+    """The LightningDataModule to train on."""
+    ckpt_path: str | None = None
+    """Checkpoint to start from."""
+    weights_only: bool | None = None
+    """Whether the checkpoint may hold nothing but weights and plain values."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found."""
+
+    recipe: KnownValues
+    """The values that could be read, as in :class:`Recipe`."""
+    problems: tuple[ConfigError, ...]
+    """All problems, each with its location, in the order of the text."""
+
+
+def check_recipe(document: Document) -> Verdict:
+    """Check what a recipe says, without importing what it names."""
+    recipe, found = read_fields("", document.values, Recipe)
+    found += apply_rules(RECIPE_RULES, recipe)
+    located = [problem.at(document.location(problem.field)) for problem in found]
+    order = {location: i for i, location in enumerate(document.locations.values())}
+    problems = sorted([*document.problems, *located], key=lambda problem: order.get(problem.location, -1))
+    return Verdict(recipe, tuple(problems))

@@ -1,0 +1,27 @@
+"""Arguments of :class:`lightning_moe.MoEStrategy`, for checking recipes without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.config.ranges import Rule, above
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyRecipe:
+    """What a recipe may give under ``trainer.strategy.init_args``: the arguments of ``MoEStrategy``."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (above("timeout_seconds", 0.0), above("bucket_megabytes", 0.0))
+
+    parallel: ParallelConfig | None = None
+    """Sizes of the parallel axes; null makes all ranks data-parallel."""
+    start_method: Literal["popen", "spawn", "fork"] = "popen"
+    """How to start the ranks when no external launcher has."""
+    process_group_backend: str | None = None
+    """Backend of the process groups; null takes the one for the device."""
+    timeout_seconds: float = 1800.0
+    """Seconds after which a collective gives up."""
+    bucket_megabytes: float = 25.0
+    """Size of a gradient bucket in MiB."""

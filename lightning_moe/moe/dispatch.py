@@ -1,0 +1,259 @@
+"""Sending tokens to the ranks that hold their experts, and bringing the results back.
+
+T tokens, K top-k, E experts (in slots), D model width, P expert ranks, N = T*K choices (see ``choices``), R
+rows that this rank sends.
+
+[Note: order of rows]
+The rows that a rank sends are sorted by slot, and within a slot by token. Slots are rank-major, so what goes
+to one rank is one block, and within it what goes to one expert is one piece. A rank receives one block per
+source, in rank order; a stable sort by expert turns that into expert-major rows for the grouped GEMM. All
+orders depend on the routing alone, so equal inputs give bitwise equal results.
+
+[Note: no atomics]
+Both directions *gather*, forward and backward: each choice reads its one row, and a token adds its K choices
+in a loop over k, in float32 (float64 for float64). ``index_add`` would add in an order that changes from run
+to run on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_moe.moe.choices import position_in_expert
+from lightning_moe.parallel.collectives import all_to_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchPlan:
+    """Who sends which rows to whom, for one layer and one micro-batch; built by :func:`plan_dispatch`.
+
+    Attributes:
+        num_tokens: Tokens ``T`` of this rank.
+        top_k: Choices per token ``K``.
+        row_of_choice: Row of the send buffer that each choice becomes, int64 ``[N]``; 0 for choices that are
+            not sent.
+        choice_sent: Bool ``[N]``; None when every choice is sent.
+        choice_of_row: Choice that each row of the send buffer comes from, int64 ``[R]``; 0 for padding.
+        row_filled: Bool ``[R]``, False for padding; None when there is none.
+        input_splits: Rows sent to each rank, ``P`` numbers that sum to ``R``.
+        output_splits: Rows received from each rank, ``P`` numbers.
+        to_expert_major: Received row at each expert-major position, int64; None when the two orders are the
+            same.
+        to_source_major: The inverse permutation; None likewise.
+        expert_counts: Rows of each local expert.
+        expert_offsets: The end of each local expert's rows, int32 ``[E / P]`` on the device.
+    """
+
+    num_tokens: int
+    top_k: int
+    row_of_choice: Tensor
+    choice_sent: Tensor | None
+    choice_of_row: Tensor
+    row_filled: Tensor | None
+    input_splits: tuple[int, ...]
+    output_splits: tuple[int, ...]
+    to_expert_major: Tensor | None
+    to_source_major: Tensor | None
+    expert_counts: tuple[int, ...]
+    expert_offsets: Tensor
+
+
+def plan_dispatch(
+    slots: Tensor,
+    sizes: Sequence[Sequence[int]],
+    rank: int,
+    sent: Tensor | None = None,
+    *,
+    padded: bool = False,
+) -> DispatchPlan:
+    """Work out a plan; pure, without communication and without waiting for the device.
+
+    Args:
+        slots: Slot of each choice, int64 ``[T, K]``.
+        sizes: Rows that each rank sends to each slot, ``P`` lists of ``E`` numbers.
+        rank: This rank's position among the ``P``.
+        sent: Bool ``[T, K]``: choices that are sent (real tokens, within capacity); None for all.
+        padded: Whether ``sizes[rank]`` may exceed the number of choices per slot; the difference is rows of
+            zeros.
+
+    Returns:
+        The plan, with index tensors on the device of ``slots``.
+    """
+    device = slots.device
+    num_ranks, num_slots = len(sizes), len(sizes[0])
+    local = slice(rank * num_slots // num_ranks, (rank + 1) * num_slots // num_ranks)
+    blocks = [
+        sum(sizes[rank][p * num_slots // num_ranks : (p + 1) * num_slots // num_ranks])
+        for p in range(num_ranks)
+    ]
+    pieces = [list(source[local]) for source in sizes]
+    expert_counts = [sum(column) for column in zip(*pieces, strict=True)]
+    row_of_choice, choice_of_row = _match_rows(slots, sizes[rank], sent)
+    to_expert_major, to_source_major = _expert_major(pieces, device)
+    return DispatchPlan(
+        num_tokens=slots.shape[0],
+        top_k=slots.shape[1],
+        row_of_choice=row_of_choice,
+        choice_sent=None if sent is None else sent.flatten(),
+        choice_of_row=choice_of_row.clamp(min=0) if padded else choice_of_row,
+        row_filled=choice_of_row >= 0 if padded else None,
+        input_splits=tuple(blocks),
+        output_splits=tuple(sum(source) for source in pieces),
+        to_expert_major=to_expert_major,
+        to_source_major=to_source_major,
+        expert_counts=tuple(expert_counts),
+        expert_offsets=torch.tensor(list(accumulate(expert_counts)), dtype=torch.int32, device=device),
+    )
+
+
+def dispatch(tokens: Tensor, plan: DispatchPlan, group: dist.ProcessGroup | None) -> Tensor:
+    """Bring every token to its experts.
+
+    Args:
+        tokens: ``[T, D]``.
+        plan: This rank's plan.
+        group: The expert group; a collective call on all of its ranks, forward and backward.
+
+    Returns:
+        ``[sum(plan.expert_counts), D]``, sorted by local expert.
+    """
+    rows: Tensor = _SendRows.apply(tokens, plan)  # type: ignore[no-untyped-call]
+    received = all_to_all(rows, plan.output_splits, plan.input_splits, group)
+    return _permute(received, plan.to_expert_major, plan.to_source_major)
+
+
+def combine(
+    rows: Tensor, weights: Tensor, plan: DispatchPlan, group: dist.ProcessGroup | None, dtype: torch.dtype
+) -> Tensor:
+    """Bring the experts' results back and add up each token's, weighted.
+
+    Args:
+        rows: ``[sum(plan.expert_counts), D]``, sorted by local expert.
+        weights: ``[T, K]``, float32 or float64: the sum runs in this dtype (or in that of the rows, if that
+            is wider).
+        plan: The plan that the rows were dispatched with.
+        group: The expert group; a collective call on all of its ranks, forward and backward.
+        dtype: Dtype of the result.
+
+    Returns:
+        ``[T, D]``; zeros for tokens none of whose choices were sent.
+    """
+    received = _permute(rows, plan.to_source_major, plan.to_expert_major)
+    returned = all_to_all(received, plan.input_splits, plan.output_splits, group)
+    out: Tensor = _SumChoices.apply(returned, weights, plan, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _match_rows(slots: Tensor, sizes: Sequence[int], sent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Row of each choice (0 where not sent), ``[N]``, and choice of each row (-1 at padding), ``[R]``."""
+    num_slots, num_rows = len(sizes), sum(sizes)
+    first_row = torch.tensor([0, *accumulate(sizes)], device=slots.device)[:num_slots]
+    rows = (first_row[slots] + position_in_expert(slots, num_slots, sent)).flatten()
+    if sent is not None:
+        # One more row takes what is not sent: selecting by a mask would wait for the device to count it.
+        rows = rows.where(sent.flatten(), num_rows)
+    choices = torch.full((num_rows + 1,), -1, device=slots.device)
+    choices[rows] = torch.arange(rows.numel(), device=slots.device)
+    return (rows if sent is None else rows.where(sent.flatten(), 0)), choices[:num_rows]
+
+
+def _expert_major(pieces: list[list[int]], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Permutations between source-major and expert-major; ``pieces[p][e]`` rows from rank p to expert e."""
+    if len(pieces) == 1 or len(pieces[0]) == 1:
+        return None, None
+    experts = torch.arange(len(pieces[0]), device=device).repeat(len(pieces))
+    lengths = torch.tensor(pieces, device=device).flatten()
+    num_rows = sum(map(sum, pieces))
+    expert_of_row = experts.repeat_interleave(lengths, output_size=num_rows)
+    to_expert_major = torch.argsort(expert_of_row, stable=True)
+    to_source_major = torch.empty_like(to_expert_major)
+    to_source_major[to_expert_major] = torch.arange(num_rows, device=device)
+    return to_expert_major, to_source_major
+
+
+def _take(values: Tensor, index: Tensor, present: Tensor | None) -> Tensor:
+    """``values[index]`` along dim 0, with zeros where ``present`` is False."""
+    if values.shape[0] == 0:  # nothing to read from: every entry is absent
+        return values.new_zeros((index.numel(), *values.shape[1:]))
+    taken = values.index_select(0, index)
+    if present is None:
+        return taken
+    return taken.masked_fill(~present.view(-1, *[1] * (values.dim() - 1)), 0)
+
+
+class _SendRows(torch.autograd.Function):
+    """The send buffer ``[R, D]`` from tokens ``[T, D]``; backward adds up each token's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.plan = plan
+        return _take(tokens, plan.choice_of_row // plan.top_k, plan.row_filled)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        plan: DispatchPlan = ctx.plan
+        per_choice = _take(grad, plan.row_of_choice, plan.choice_sent)
+        per_choice = per_choice.view(plan.num_tokens, plan.top_k, grad.shape[-1])
+        total = per_choice[:, 0].to(torch.promote_types(grad.dtype, torch.float32))
+        for k in range(1, plan.top_k):
+            total = total + per_choice[:, k]
+        return total.to(grad.dtype), None
+
+
+class _SumChoices(torch.autograd.Function):
+    """Tokens ``[T, D]`` as weighted sums of their choices' rows ``[R, D]``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(rows, weights)
+        per_choice = _take(rows, plan.row_of_choice, plan.choice_sent)
+        per_choice = per_choice.view(plan.num_tokens, plan.top_k, rows.shape[-1])
+        total = weights[:, :1] * per_choice[:, 0]
+        for k in range(1, plan.top_k):
+            total = total + weights[:, k : k + 1] * per_choice[:, k]
+        return total.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        plan: DispatchPlan = ctx.plan
+        rows, weights = ctx.saved_tensors
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            weight_of_row = _take(weights.flatten(), plan.choice_of_row, plan.row_filled)
+            grad_of_row = _take(grad, plan.choice_of_row // plan.top_k, plan.row_filled)
+            grad_rows = (weight_of_row[:, None] * grad_of_row).to(rows.dtype)
+        if ctx.needs_input_grad[1]:
+            per_choice = _take(rows, plan.row_of_choice, plan.choice_sent)
+            per_choice = per_choice.view(plan.num_tokens, plan.top_k, rows.shape[-1])
+            wide = grad.to(torch.promote_types(weights.dtype, rows.dtype))
+            columns = [(wide * per_choice[:, k]).sum(-1) for k in range(plan.top_k)]
+            grad_weights = torch.stack(columns, dim=1).to(weights.dtype)
+        return grad_rows, grad_weights, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; backward gathers with the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.inverse), None, None
+
+
+def _permute(rows: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    if order is None or inverse is None:
+        return rows
+    out: Tensor = _Permute.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,1 @@
+"""Mesh, process groups, collectives, random streams, and gradient reduction."""

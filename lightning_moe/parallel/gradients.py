@@ -1,0 +1,273 @@
+"""Reduction of dense and expert gradients in flat buckets, overlapped with the backward pass.
+
+[Note: what a bucket holds]
+Gradients live in flat *main-grad* buckets of at least float32. A dense bucket is reduced over ``data_context``, an
+expert bucket over ``expert_data``; both are divided by the size of ``data_context``, because the loss is a mean over
+those ranks: an expert's gradient already holds the sum over the ranks that sent it tokens, so dividing it by the number
+of its replicas would make it ``expert`` times too large (see ``docs/concepts.md``).
+
+Behind a bucket's gradients stands one flag per parameter, "this rank used it". The flags travel with the same
+all-reduce, so that a parameter which no rank used keeps ``grad=None``, as in a single process: a zero gradient would
+let AdamW decay its weights.
+
+[Note: who owns ``parameter.grad``]
+Lightning, optimizers and users may set ``parameter.grad`` to None at any time (``zero_grad``), and that is the only
+signal that accumulation starts over. For parameters whose dtype is the bucket's, ``grad`` is a view of the bucket, so
+autograd accumulates in place. A low-precision parameter's ``grad`` is a copy: it is set aside before each backward, new
+contributions are added to the float32 bucket, and a fresh copy is handed out at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import replica_axis_of, sharded_parameters
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One parameter's place in its bucket."""
+
+    name: str
+    parameter: nn.Parameter
+    view: Tensor
+    fresh: bool = True
+    """Whether the next contribution replaces what the bucket holds."""
+    used: bool = False
+    """Whether this rank has contributed since accumulation started."""
+    arrived: bool = False
+    """Whether this backward pass has reached the parameter."""
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """A flat buffer ``[gradients | one flag per parameter]`` with the group it is reduced over."""
+
+    buffer: Tensor
+    flags: Tensor
+    slots: list[_Slot]
+    axis: Axis
+    group: dist.ProcessGroup | None
+    scale: float
+    """What the sum over the group is multiplied by to give the mean over ``data_context``."""
+    undo: float
+    """What a reduced bucket is multiplied by so that reducing it again leaves it as it is."""
+    missing: int = 0
+    reduced: bool = False
+    work: dist.Work | None = field(default=None)
+
+
+class GradientReducer:
+    """Owns the main-grad buckets of a module and reduces them during backward.
+
+    Args:
+        module: Module whose trainable parameters are reduced; sharded ones carry a ShardSpec.
+        mesh: The parallel mesh.
+        bucket_bytes: Size at which a bucket is closed. Small buckets start early, large ones use the links better.
+    """
+
+    def __init__(self, module: nn.Module, mesh: ParallelMesh, bucket_bytes: int) -> None:
+        self._module = module
+        self._mesh = mesh
+        self._bucket_bytes = bucket_bytes
+        self._sync = True
+        self._armed = False
+        self._next = 0
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: dict[nn.Parameter, _Bucket] = {}
+        self._slots: dict[nn.Parameter, _Slot] = {}
+        self._build()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate without communication."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def arm(self) -> None:
+        """Prepare for a backward pass; call :meth:`finish` at its end."""
+        if any(p.requires_grad and p not in self._slots for p in self._module.parameters()):
+            self._build()  # a callback has unfrozen parameters
+        for bucket in self._buckets:
+            if bucket.reduced and any(slot.parameter.grad is not None for slot in bucket.slots):
+                bucket.buffer.mul_(bucket.undo)
+            bucket.reduced = False
+            bucket.missing = len(bucket.slots)
+            for slot in bucket.slots:
+                self._take_grad(slot)
+        self._next = 0
+        self._armed = True
+
+    def finish(self) -> None:
+        """Reduce what is left, wait for all buckets and hand the gradients out. Does nothing unless armed."""
+        if not self._armed:
+            return
+        self._armed = False
+        if self._sync:
+            for bucket in self._buckets[self._next :]:
+                self._reduce(bucket)
+        for bucket in self._buckets:
+            self._hand_out(bucket)
+
+    def close(self) -> None:
+        """Detach from the parameters; their gradients stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._buckets, self._bucket_of, self._slots = [], [], {}, {}
+
+    def _build(self) -> None:
+        self.close()
+        open_buckets: dict[tuple[Axis, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+        closed = []
+        # Backward reaches the last layers first, so buckets filled in reverse order complete in the order of creation.
+        for name, parameter, spec in reversed(sharded_parameters(self._module)):
+            if not parameter.requires_grad:
+                continue
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            key = (replica_axis_of(spec), dtype, parameter.device)
+            members = open_buckets.setdefault(key, [])
+            members.append((name, parameter))
+            if sum(p.numel() for _, p in members) * dtype.itemsize >= self._bucket_bytes:
+                closed.append((key, open_buckets.pop(key)))
+        for key, members in [*closed, *open_buckets.items()]:
+            bucket = self._allocate(*key, members)
+            self._buckets.append(bucket)
+            for slot in bucket.slots:
+                self._slots[slot.parameter] = slot
+                self._bucket_of[slot.parameter] = bucket
+                hook = partial(self._on_grad, slot, bucket)
+                self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+
+    def _allocate(
+        self, axis: Axis, dtype: torch.dtype, device: torch.device, members: list[tuple[str, nn.Parameter]]
+    ) -> _Bucket:
+        elements = sum(parameter.numel() for _, parameter in members)
+        buffer = torch.zeros(elements + len(members), dtype=dtype, device=device)
+        views = buffer[:elements].split([parameter.numel() for _, parameter in members])
+        slots = [
+            _Slot(name, parameter, view.view(parameter.shape))
+            for (name, parameter), view in zip(members, views, strict=True)
+        ]
+        replicas, data_ranks = self._mesh.size(axis), self._mesh.size(Axis.DATA_CONTEXT)
+        group = self._mesh.group(axis) if replicas > 1 else None
+        return _Bucket(buffer, buffer[elements:], slots, axis, group, 1 / data_ranks, data_ranks / replicas)
+
+    def _take_grad(self, slot: _Slot) -> None:
+        """Bring the bucket in line with ``parameter.grad`` before backward adds to it."""
+        grad = slot.parameter.grad
+        slot.arrived = False
+        slot.fresh = grad is None
+        if grad is None:
+            slot.used = False
+        elif grad.dtype != slot.view.dtype:
+            slot.parameter.grad = None
+        elif grad is not slot.view:
+            slot.view.copy_(grad)
+            slot.parameter.grad = slot.view
+
+    def _on_grad(self, slot: _Slot, bucket: _Bucket, parameter: Tensor) -> None:
+        if not self._armed:
+            return  # a backward that Lightning does not run, e.g. inside a gradient penalty
+        grad = parameter.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise ConfigError(
+                f"parameter {slot.name}",
+                "sparse gradient",
+                "dense gradients",
+                "use nn.Embedding(sparse=False)",
+            )
+        if grad is not slot.view:
+            if grad.dtype == slot.view.dtype or slot.fresh:
+                slot.view.copy_(grad)
+            else:
+                slot.view.add_(grad)
+            parameter.grad = slot.view if grad.dtype == slot.view.dtype else None
+        slot.fresh, slot.used = False, True
+        if slot.arrived:
+            return  # re-entrant checkpointing reaches a parameter more than once; the bucket goes at the end
+        slot.arrived = True
+        bucket.missing -= 1
+        # Buckets go strictly in order: ranks may reach parameters in different orders, and collectives that are
+        # issued in different orders deadlock.
+        while self._sync and self._next < len(self._buckets) and not self._buckets[self._next].missing:
+            self._reduce(self._buckets[self._next])
+            self._next += 1
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        for slot in bucket.slots:
+            if slot.fresh:
+                slot.view.zero_()
+        if all(slot.used for slot in bucket.slots):
+            bucket.flags.fill_(1.0)
+        else:
+            bucket.flags.copy_(torch.tensor([float(slot.used) for slot in bucket.slots]))
+        if bucket.group is not None:
+            bucket.work = dist.all_reduce(bucket.buffer, group=bucket.group, async_op=True)
+
+    def _hand_out(self, bucket: _Bucket) -> None:
+        if self._sync:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+            bucket.buffer.mul_(bucket.scale)
+            bucket.reduced = True
+            if not all(slot.used for slot in bucket.slots):  # reading the flags waits for the device: only if needed
+                for slot, flag in zip(bucket.slots, bucket.flags.tolist(), strict=True):
+                    slot.used = flag > 0
+        for slot in bucket.slots:
+            if not slot.used:
+                slot.parameter.grad = None
+            elif slot.parameter.dtype == slot.view.dtype:
+                slot.parameter.grad = slot.view
+            else:
+                slot.parameter.grad = slot.view.to(slot.parameter.dtype)
+
+
+def global_grad_norm(
+    grads: list[tuple[Tensor, str | None]], mesh: ParallelMesh, device: torch.device, norm_type: float = 2.0
+) -> Tensor:
+    """Norm of the whole model's gradient, each parameter counted once; a collective call on all ranks.
+
+    Args:
+        grads: This rank's gradients with the axis each is sharded over (None for dense ones), already reduced.
+        mesh: The parallel mesh.
+        device: Where to compute; needed because a rank may have no gradient at all.
+        norm_type: Order of the norm; ``inf`` for the largest absolute value.
+
+    Returns:
+        Scalar of at least float32, equal on all ranks.
+    """
+    largest = math.isinf(norm_type)
+    reduce_op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+    dtype = torch.float32
+    for grad, _ in grads:
+        dtype = torch.promote_types(dtype, grad.dtype)
+    total = torch.zeros((), dtype=dtype, device=device)
+    # The same axes on every rank, whatever gradients it has: otherwise the all-reduces would not match.
+    for axis in (None, Axis.EXPERT, Axis.EXPERT_TENSOR):
+        own = [grad for grad, sharded_over in grads if sharded_over == axis]
+        norms = torch.stack(torch._foreach_norm(own, norm_type, dtype)) if own else torch.zeros(1, dtype=dtype)
+        part = norms.to(device, dtype)
+        part = part.max() if largest else part.pow(norm_type).sum()
+        if axis is not None and mesh.size(axis) > 1:
+            dist.all_reduce(part, op=reduce_op, group=mesh.group(axis))
+        total = torch.maximum(total, part) if largest else total + part
+    if mesh.size(Axis.PIPELINE) > 1:
+        dist.all_reduce(total, op=reduce_op, group=mesh.group(Axis.PIPELINE))
+    return total if largest else total.pow(1.0 / norm_type)

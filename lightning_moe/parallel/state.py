@@ -1,0 +1,103 @@
+"""Whole ("logical") state dicts of sharded modules, for files that one process reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import ShardSpec, replica_axis_of, shard_specs
+
+
+def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
+    """Assemble the whole tensor of every parameter and buffer; a collective call on all ranks of the mesh.
+
+    Peak memory on rank 0 is the whole state on the CPU plus one gathered tensor; other ranks hold one tensor at a time.
+
+    Returns:
+        On global rank 0 a state dict of CPU tensors with sharded dims in logical order; elsewhere an empty dict.
+    """
+    specs = shard_specs(module)
+    keep = mesh.global_rank == 0
+    state: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        spec = specs.get(name)
+        whole = value if spec is None or spec.is_whole else _gather_tensor(value, spec, mesh)
+        if spec is not None and spec.is_whole:
+            whole = _in_logical_order(value, spec)
+        if keep:
+            state[name] = whole.detach().to("cpu", copy=True)
+    return state
+
+
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict of whole tensors: every rank keeps the positions that its ShardSpecs name.
+
+    Raises:
+        ConfigError: A name is missing or unknown, or a shape differs; nothing has been changed then.
+    """
+    specs = shard_specs(module)
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise ConfigError(
+            "state_dict",
+            {"missing": missing, "unknown": unknown},
+            "the names of the module's own parameters and buffers",
+            "was it saved from a model with another configuration?",
+        )
+    local = {name: local_part(state[name], specs.get(name)) for name in own}
+    for name, value in own.items():
+        if local[name].shape != value.shape:
+            raise ConfigError(
+                f"state_dict.{name}",
+                tuple(state[name].shape),
+                f"a shape that gives {tuple(value.shape)} on this rank",
+            )
+    module.load_state_dict(local)
+
+
+def local_part(whole: Tensor, spec: ShardSpec | None) -> Tensor:
+    """The positions of a whole tensor that a rank with ``spec`` holds; a tensor of another length is returned as is."""
+    if spec is None or whole.dim() <= spec.dim or whole.shape[spec.dim] != spec.size:
+        return whole
+    return whole.index_select(spec.dim, torch.tensor(spec.index, device=whole.device))
+
+
+def _in_logical_order(value: Tensor, spec: ShardSpec) -> Tensor:
+    order = torch.tensor(spec.index, device=value.device).argsort()
+    return value.index_select(spec.dim, order)
+
+
+def _gather_tensor(value: Tensor, spec: ShardSpec, mesh: ParallelMesh) -> Tensor:
+    """Gather one tensor over its axis; ranks may hold different numbers of positions."""
+    group = mesh.group(spec.axis)
+    assert group is not None, "a mesh without communication cannot hold a part of a tensor"
+    ranks = mesh.size(spec.axis)
+    indices: list[tuple[int, ...]] = [()] * ranks
+    dist.all_gather_object(indices, spec.index, group=group)
+    local = value.detach().movedim(spec.dim, 0).contiguous()
+    parts = [local.new_empty((len(index), *local.shape[1:])) for index in indices]
+    dist.all_gather(parts, local, group=group)
+    order = torch.tensor([i for index in indices for i in index], device=value.device)
+    whole = local.new_empty((spec.size, *local.shape[1:]))
+    whole[order] = torch.cat(parts)
+    return whole.movedim(0, spec.dim)
+
+
+def broadcast_replicas(module: nn.Module, mesh: ParallelMesh) -> None:
+    """Make replicas equal: each tensor is broadcast from the first rank that holds a copy of it.
+
+    Dense tensors come from the first rank of ``data_context``, sharded ones from the first of ``expert_data``, so that
+    a model built without a common seed still starts from one set of weights.
+    """
+    specs = shard_specs(module)
+    for name, value in module.state_dict().items():
+        axis = replica_axis_of(specs.get(name))
+        group = mesh.group(axis)
+        if group is not None and mesh.size(axis) > 1 and value.numel():
+            dist.broadcast(value, src=mesh.ranks(axis)[0], group=group)

@@ -1,0 +1,26 @@
+"""Keeping expert ranks in step while their evaluation loops have different lengths."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+
+
+def finishes_dataloader(trainer: pl.Trainer) -> bool:
+    """Whether the evaluation step that has just run was the last one of its dataloader on this rank.
+
+    Expert layers are collective: a rank that has run out of batches must go on serving its experts to the others before
+    it enters any other collective, and Lightning's epoch end holds some.
+
+    Dataloaders without a length are only known to end when the whole loop ends; several of them with different
+    numbers of batches per rank cannot be told apart and are not supported.
+    """
+    loop: Any = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
+    sequential = not isinstance(loop, _EvaluationLoop) or loop._is_sequential
+    if not sequential or any(length == float("inf") for length in loop.max_batches):
+        return bool(loop.batch_progress.is_last_batch)
+    # ``ready`` counts over all dataloaders of the run, so the ends of the dataloaders are the running totals.
+    return loop.batch_progress.current.ready in set(accumulate(loop.max_batches))

@@ -1,0 +1,40 @@
+"""Launching ranks from the main process, with the trained weights brought back whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.multiprocessing import _WorkerOutput
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from lightning_moe.strategy.strategy import MoEStrategy
+
+
+class ShardedMultiProcessingLauncher(_MultiProcessingLauncher):
+    """``spawn`` and ``fork``: workers hold parts of the model, the main process gets all of it.
+
+    Lightning sends rank 0's ``state_dict`` back and loads it leniently. That loses every expert of the other ranks, and
+    all weights of a module that builds its layers in ``configure_model``: the main process has no layers to load into.
+    """
+
+    _strategy: MoEStrategy
+
+    @override
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
+        output = super()._collect_rank_zero_results(trainer, results)
+        if output is not None and output.weights_path is not None:
+            torch.save(self._strategy.take_trained_weights(), output.weights_path)
+        return output
+
+    @override
+    def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
+        if worker_output.weights_path is not None:
+            weights = self._strategy.checkpoint_io.load_checkpoint(worker_output.weights_path)
+            self._strategy.restore_whole_model(weights)
+            self._strategy.checkpoint_io.remove_checkpoint(worker_output.weights_path)
+            worker_output = worker_output._replace(weights_path=None)
+        super()._recover_results_in_main_process(worker_output, trainer)

@@ -1,0 +1,341 @@
+"""The Lightning strategy: ``Trainer(strategy=MoEStrategy(...))``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_moe.checkpoint.sharded import is_sharded_checkpoint, load_sharded, localize, save_sharded
+from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.errors import ConfigError
+from lightning_moe.moe.layer import MoELayer
+from lightning_moe.moe.participation import number_layers, serve_until_idle
+from lightning_moe.moe.router import TopKRouter
+from lightning_moe.parallel.gradients import GradientReducer, global_grad_norm
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import sharded_parameters
+from lightning_moe.parallel.state import broadcast_replicas, gather_full_state_dict, load_full_state_dict
+from lightning_moe.strategy.callbacks_check import refuse_unsupported_callbacks
+from lightning_moe.strategy.evaluation import finishes_dataloader
+from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
+from lightning_moe.strategy.precision import globalize
+from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
+
+
+class MoEStrategy(MeshStrategy):
+    """Expert and data parallelism for any LightningModule.
+
+    Parameters with a :class:`~lightning_moe.parallel.sharding.ShardSpec` (those of
+    :class:`~lightning_moe.moe.MoELayer` have one) are expert-parallel, all others are dense. Build this rank's part in
+    ``configure_model`` from ``self.trainer.strategy.mesh``, or build whole layers in ``__init__`` and let the strategy
+    keep this rank's experts.
+
+    Expert ranks see different samples: for dense parameters they are data-parallel ranks. Gradients are those of the
+    mean loss over all data ranks, equal to a single process on the global batch.
+
+    Args:
+        parallel: Sizes of the parallel axes; all ranks data-parallel when left out.
+        start_method: How to start ranks that no external launcher (torchrun, SLURM) has started.
+        process_group_backend: ``"nccl"``, ``"gloo"``, ...; by default the one for the device.
+        timeout_seconds: Seconds after which a collective gives up.
+        bucket_megabytes: Size of a gradient bucket in MiB.
+        accelerator: Set by the Trainer.
+        parallel_devices: Set by the Trainer.
+        cluster_environment: Set by the Trainer.
+        checkpoint_io: Used for whole-file checkpoints only; sharded ones are written by torch DCP.
+        precision_plugin: Set by the Trainer.
+
+    Raises:
+        ConfigError: An axis that this release does not train with has a size above 1.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelConfig | None = None,
+        start_method: StartMethod = "popen",
+        process_group_backend: str | None = None,
+        timeout_seconds: float = 1800.0,
+        bucket_megabytes: float = 25.0,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            parallel or ParallelConfig(),
+            start_method,
+            process_group_backend,
+            timeout_seconds,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        _check_axes(self.parallel)
+        if bucket_megabytes <= 0:
+            raise ConfigError("bucket_megabytes", bucket_megabytes, "a positive number of MiB", "25 suits most links")
+        self._bucket_bytes = int(bucket_megabytes * 2**20)
+        self._reducer: GradientReducer | None = None
+        self._trained_weights: dict[str, Tensor] = {}
+
+    # ---- model and optimizers
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.lightning_module is not None
+        refuse_unsupported_callbacks(self.lightning_module.trainer)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        layers = self._moe_layers()
+        for layer in layers:
+            layer.shard_(self.mesh)
+        number_layers(layers)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        broadcast_replicas(self.model, self.mesh)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+            self._reducer = GradientReducer(self.model, self.mesh, self._bucket_bytes)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            self._report_sizes()
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def _moe_layers(self) -> list[MoELayer]:
+        assert self.lightning_module is not None
+        return [module for module in self.lightning_module.modules() if isinstance(module, MoELayer)]
+
+    def _report_sizes(self) -> None:
+        """Say what the whole model holds: Lightning's summary counts rank 0's experts only."""
+        assert self.lightning_module is not None
+        local = whole = 0
+        for _, parameter, spec in sharded_parameters(self.lightning_module):
+            local += parameter.numel()
+            whole += parameter.numel() if spec is None else parameter.numel() // len(spec.index) * spec.size
+        rank_zero_info(f"{self.mesh}: {whole:,} parameters in the whole model, {local:,} on this rank")
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        # The Trainer fills the plugin in only where it is still None.
+        self._precision_plugin = None if plugin is None else globalize(plugin)
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        self.precision_plugin.clip_by_global_norm = self._clip_by_global_norm  # type: ignore[attr-defined]
+        super().setup_precision_plugin()
+
+    # ---- training
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        reducer = self._reducer
+        if reducer is None or not closure_loss.requires_grad:
+            return
+        reducer.arm()
+
+        def finish_with_this_backward(_: Tensor) -> None:
+            # Runs when autograd has reached every parameter and before Lightning's on_after_backward.
+            torch.autograd.Variable._execution_engine.queue_callback(reducer.finish)
+
+        closure_loss.register_hook(finish_with_this_backward)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        assert self._reducer is not None
+        with self._reducer.no_sync():
+            yield
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            if isinstance(module, TopKRouter):
+                module.update_expert_bias(self.mesh.group(Axis.DATA_CONTEXT))
+        return output
+
+    def _clip_by_global_norm(self, parameters: list[Tensor], max_norm: float) -> None:
+        assert self.lightning_module is not None
+        axis_of: dict[Tensor, str | None] = {
+            p: None if spec is None else spec.axis for _, p, spec in sharded_parameters(self.lightning_module)
+        }
+        grads = [(p.grad, axis_of.get(p)) for p in parameters if p.grad is not None]
+        norm = global_grad_norm(grads, self.mesh, self.root_device)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for grad, _ in grads:
+            grad.mul_(factor.to(grad.dtype))
+
+    @override
+    def on_train_start(self) -> None:
+        """Refuse loops of different lengths: the shorter rank would leave the others waiting in a collective."""
+        assert self.lightning_module is not None
+        own = self.lightning_module.trainer.num_training_batches
+        lengths: list[float] = [0.0] * self.mesh.world_size
+        dist.all_gather_object(lengths, own)
+        if len(set(lengths)) > 1:
+            raise ConfigError(
+                "train_dataloader",
+                f"{lengths} batches on ranks 0..{len(lengths) - 1}",
+                "the same number of batches on every rank",
+                "let Lightning inject its DistributedSampler, drop the last incomplete round, or set "
+                "trainer.limit_train_batches",
+            )
+
+    @override
+    def on_train_end(self) -> None:
+        if isinstance(self._launcher, ShardedMultiProcessingLauncher):
+            assert self.lightning_module is not None
+            self._trained_weights = gather_full_state_dict(self.lightning_module, self.mesh)
+
+    # ---- evaluation
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._serve_after(super().validation_step(*args, **kwargs))
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._serve_after(super().test_step(*args, **kwargs))
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._serve_after(super().predict_step(*args, **kwargs))
+
+    def _serve_after(self, output: Any) -> Any:
+        """After this rank's last batch, run its experts for ranks that have more."""
+        assert self.lightning_module is not None
+        if self.mesh.size(Axis.EXPERT) > 1 and finishes_dataloader(self.lightning_module.trainer):
+            serve_until_idle(self._moe_layers())
+        return output
+
+    # ---- checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # loading needs this rank's ShardSpecs
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise ConfigError(
+                "storage_options", storage_options, "None", "sharded checkpoints do not use a CheckpointIO"
+            )
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(filepath))
+        if path.is_file():
+            raise ConfigError("filepath", str(path), "a new path or a checkpoint directory", "a file is in the way")
+        save_sharded(path, checkpoint, self.lightning_module, self._plain_optimizers(), writes_meta=self.is_global_zero)
+        self.barrier()  # nobody may read or report the checkpoint before meta.pt is there
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(checkpoint_path))
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        optimizers = self._plain_optimizers() if fitting else []
+        if is_sharded_checkpoint(path):
+            return load_sharded(path, self.lightning_module, optimizers, weights_only=weights_only)
+        whole = super().load_checkpoint(path, weights_only)
+        return localize(whole, self.lightning_module, optimizers)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    def _plain_optimizers(self) -> list[Optimizer]:
+        return [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
+
+    # ---- the main process of spawn and fork
+
+    def take_trained_weights(self) -> dict[str, Tensor]:
+        """The whole model's weights after fit, on rank 0; hands them over once."""
+        weights, self._trained_weights = self._trained_weights, {}
+        return weights
+
+    def restore_whole_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Load whole weights into the main process' module, building its layers first where they are missing."""
+        assert self.lightning_module is not None
+        self._mesh = ParallelMesh.single()
+        try:
+            self.lightning_module.configure_model()
+        finally:
+            self._mesh = None
+        load_full_state_dict(self.lightning_module, weights)
+
+    @override
+    def teardown(self) -> None:
+        if self._reducer is not None:
+            self._reducer.close()
+            self._reducer = None
+        super().teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_reducer": None}
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for name, start_method in (("moe", "popen"), ("moe_spawn", "spawn"), ("moe_fork", "fork")):
+            strategy_registry.register(
+                name, cls, description=f"MoEStrategy started by {start_method}", start_method=start_method
+            )
+
+
+def _check_axes(parallel: ParallelConfig) -> None:
+    for axis in ("pipeline", "context", "tensor", "expert_tensor"):
+        if getattr(parallel, axis) != 1:
+            raise ConfigError(
+                f"parallel.{axis}",
+                getattr(parallel, axis),
+                "1",
+                "this release trains with expert and data parallelism",
+            )

@@ -1,0 +1,184 @@
+"""Every way of starting ranks gives the numbers of the single process, and the weights come back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from lightning_moe import ConfigError, MoEStrategy, ParallelConfig
+from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
+from tests.distributed import RankPool
+from tests.strategy.launch_script import Data
+from tests.strategy.tiny import TinyMoE, relative_error, train, trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def validate_single(steps: int) -> dict[str, Any]:
+    """The reference: one process, the same global batches."""
+    run = trainer(1, 0, precision="64-true", max_steps=steps, max_epochs=10)
+    module = TinyMoE()
+    run.fit(module, Data())
+    (metrics,) = run.validate(module, Data(), verbose=False)
+    return {"validate": metrics, "weights": module.state_dict()}
+
+
+def _run_script(strategy: str, output: Path, *command: str) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = command or (sys.executable, "-m")
+    subprocess.run(
+        [*command, "tests.strategy.launch_script", strategy, str(output)],
+        check=True,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=240,
+    )
+    result: dict[str, Any] = torch.load(output, weights_only=True)
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected(ranks: RankPool) -> dict[str, Any]:
+    result: dict[str, Any] = ranks.run(1, validate_single, 3, init_process_group=False)[0]
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["popen", "spawn", "fork"])
+def test_start_methods(start_method: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    """Validation after fit sees the trained weights, though spawn and fork train in processes that are gone."""
+    result = _run_script(start_method, tmp_path / "result.pt")
+    assert result["step"] == 3
+    assert result["validate"]["val_loss"] == pytest.approx(expected["validate"]["val_loss"], rel=1e-6)
+    for name, value in result["weights"].items():
+        whole = expected["weights"][name]
+        if value.shape == whole.shape:
+            assert relative_error(value, whole) <= 1e-12, name
+        else:  # with popen the main process is rank 0 and keeps its own experts
+            assert start_method == "popen"
+            assert relative_error(value, whole[: len(value)]) <= 1e-12, name
+
+
+@pytest.mark.slow
+def test_torchrun(expected: dict[str, Any], tmp_path: Path) -> None:
+    """Ranks started by torchrun are joined, not launched again."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m")
+    result = _run_script("popen", tmp_path / "result.pt", *torchrun)
+    assert result["validate"]["val_loss"] == pytest.approx(expected["validate"]["val_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_registered_name(expected: dict[str, Any], tmp_path: Path) -> None:
+    """``strategy="moe_spawn"`` is plain data parallelism over all devices."""
+    result = _run_script("moe_spawn", tmp_path / "result.pt")
+    assert result["validate"]["val_loss"] == pytest.approx(expected["validate"]["val_loss"], rel=1e-6)
+
+
+def test_registry_names() -> None:
+    for name, start_method in (("moe", "popen"), ("moe_spawn", "spawn"), ("moe_fork", "fork")):
+        strategy = StrategyRegistry.get(name)
+        assert isinstance(strategy, MoEStrategy)
+        assert strategy._start_method == start_method
+
+
+def test_launcher_of_each_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's detection of SLURM and torchrun works with the strategy; processes are created externally."""
+
+    def strategy(**settings: Any) -> MoEStrategy:
+        run = pl.Trainer(accelerator="cpu", devices=2, strategy=MoEStrategy(**settings), logger=False)
+        assert isinstance(run.strategy, MoEStrategy)
+        return run.strategy
+
+    assert isinstance(strategy().launcher, _SubprocessScriptLauncher)
+    assert isinstance(strategy(start_method="spawn").launcher, ShardedMultiProcessingLauncher)
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_LOCALID": "1", "SLURM_PROCID": "1"}
+    with monkeypatch.context() as patch:
+        for key, value in {**slurm, "SLURM_NODEID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "2"}.items():
+            patch.setenv(key, value)
+        on_slurm = strategy(parallel=ParallelConfig(expert=2))
+        assert isinstance(on_slurm.cluster_environment, SLURMEnvironment)
+        assert isinstance(on_slurm.launcher, _SubprocessScriptLauncher)
+        assert on_slurm.launcher.cluster_environment.creates_processes_externally
+        assert on_slurm.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}
+    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    with monkeypatch.context() as patch:
+        for key, value in {**torchrun, "TORCHELASTIC_RUN_ID": "x"}.items():
+            patch.setenv(key, value)
+        assert isinstance(strategy().cluster_environment, TorchElasticEnvironment)
+
+
+def test_sampler_arguments_before_any_process_exists() -> None:
+    """Lightning's own code and users ask for them right after the Trainer is built."""
+    run = pl.Trainer(accelerator="cpu", devices=4, strategy=MoEStrategy(ParallelConfig(expert=2)), logger=False)
+    assert run.strategy.distributed_sampler_kwargs == {"num_replicas": 4, "rank": 0}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"parallel": ParallelConfig(expert=3)}, "parallel.expert"),
+        ({"parallel": ParallelConfig(data=3)}, "parallel.data"),
+        ({"parallel": ParallelConfig(pipeline=2)}, "parallel.pipeline"),
+        ({"parallel": ParallelConfig(tensor=2)}, "parallel.tensor"),
+        ({"start_method": "forkserver"}, "start_method"),
+        ({"timeout_seconds": 0}, "timeout_seconds"),
+        ({"bucket_megabytes": -1}, "bucket_megabytes"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_process_starts(settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        pl.Trainer(accelerator="cpu", devices=4, strategy=MoEStrategy(**settings), logger=False)
+    assert error.value.field == field
+
+
+def test_mesh_before_launch_says_when_it_exists() -> None:
+    with pytest.raises(RuntimeError, match="configure_model"):
+        _ = MoEStrategy().mesh
+
+
+def test_training_twice_in_one_process(ranks: RankPool) -> None:
+    """Fit, validate and fit again on the same objects: hooks, buckets and groups must not pile up."""
+    results = ranks.run(2, _fit_twice, init_process_group=False)
+    single = ranks.run(1, train, 1, 0, dtype=torch.float64, steps=4, init_process_group=False)[0]
+    assert results[0] == pytest.approx(single.losses, rel=1e-12)
+
+
+def _fit_twice() -> list[float]:
+    from tests.strategy.tiny import Recorder, loader
+
+    recorder = Recorder()
+    run = trainer(2, 2, precision="64-true", callbacks=[recorder], max_steps=2, max_epochs=100)
+    module = TinyMoE()
+    data = loader(32, 8, 2, run.global_rank, torch.float64)
+    module.configure_optimizers = _KeepOptimizer(module)  # type: ignore[method-assign]
+    run.fit(module, data)
+    run.validate(module, data, verbose=False)
+    run.fit_loop.epoch_loop.max_steps = 4
+    run.fit(module, loader(32, 8, 2, run.global_rank, torch.float64))
+    gathered: list[Any] = [None, None]
+    torch.distributed.all_gather_object(gathered, recorder.losses)
+    return [sum(pair) / 2 for pair in zip(*gathered, strict=True)]
+
+
+class _KeepOptimizer:
+    """Hands out the same optimizer, so that two short fits continue like one long one."""
+
+    def __init__(self, module: TinyMoE) -> None:
+        self.module = module
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def __call__(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2, weight_decay=0.1)
+        return self.optimizer
