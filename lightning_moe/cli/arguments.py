@@ -67,12 +67,17 @@ def load_documents(paths: Sequence[str], settings: Sequence[tuple[str, str]]) ->
     return document
 
 
+def is_setting(key: str) -> bool:
+    """Whether a dotted key of the command line belongs to a recipe, e.g. ``"trainer.devices"``."""
+    return key.partition(".")[0] in _SECTIONS
+
+
 def _one_setting(values: Any, names: list[str], value: Any) -> Document | None:
     """Nest one value under its dotted key; ``init_args`` may be left out, as LightningCLI allows.
 
     None for options that are no part of a recipe and for changes to list entries: LightningCLI checks those.
     """
-    if names[0] not in _SECTIONS or not all(name.isidentifier() for name in names):
+    if not is_setting(names[0]) or not all(name.isidentifier() for name in names):
         return None
     path: list[str] = []
     for name in names:
@@ -83,7 +88,7 @@ def _one_setting(values: Any, names: list[str], value: Any) -> Document | None:
             values = values.get("init_args")
         path.append(name)
         values = values.get(name) if isinstance(values, dict) else None
-    if isinstance(values, dict) and "class_path" in values and isinstance(value, str):
+    if path in (["model"], ["data"]) and isinstance(value, str):
         path.append("class_path")  # `--model my.Module` names the class
     for name in reversed(path):
         value = {name: value}

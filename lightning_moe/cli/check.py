@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_moe.cli.arguments import load_documents, split_arguments
+from lightning_moe.cli.arguments import is_setting, load_documents, split_arguments
 from lightning_moe.config.reader import KnownValues, UnknownValueError
 from lightning_moe.config.recipe import Verdict, check_recipe
 from lightning_moe.config.recipe_rules import model_config, parallel_config, world_size
@@ -16,8 +16,7 @@ from lightning_moe.errors import ConfigError
 USAGE = """usage: lightning-moe check RECIPE.yaml [RECIPE.yaml ...] [--SETTING VALUE ...] [--json]
 
 Checks a recipe without importing torch: unknown and repeated keys, types, ranges, and sizes that do not fit
-together. Of several recipes the later ones win;
-settings such as --trainer.devices 4 win over recipes.
+together. Of several recipes the later ones win; settings such as --trainer.devices 4 win over recipes.
 
   --json   print one JSON object as the last line
   --help   print this text
@@ -43,8 +42,9 @@ def main(argv: Sequence[str]) -> int:
     if options & {"--help", "-h"}:
         print(USAGE, end="")
         return 0
-    if not paths or options - {"--json"}:
-        wrong = ", ".join(sorted(options - {"--json"}))
+    unknown = options - {"--json"} | {f"--{key}" for key, _ in arguments.settings if not is_setting(key)}
+    if not paths or unknown:
+        wrong = ", ".join(sorted(unknown))
         print(
             f"unknown option: {wrong}\n" if wrong else "no recipe given\n",
             USAGE,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(f"{name}: ok, {_describe(verdict.recipe)}")
     if "--json" in options:
-        print(json.dumps(_as_json(verdict), default=str))
+        print(json.dumps(_as_json(verdict)))
     return 2 if verdict.problems else 0
 
 
@@ -103,7 +103,7 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
     errors = [
         {
             "field": problem.field,
-            "value": problem.value,
+            "value": _plain(problem.value),
             "allowed": problem.allowed,
             "hint": problem.hint,
             "location": problem.location,
@@ -112,3 +112,12 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
     ]
     sizes = {} if errors else summarize(verdict.recipe)
     return {"ok": not errors, "errors": errors, "world_size": sizes.pop("world_size", None), **sizes}
+
+
+def _plain(value: object) -> object:
+    """Return a value that strict JSON can hold: it has no NaN, for one."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value

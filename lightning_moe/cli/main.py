@@ -62,6 +62,10 @@ def _run_trainer(arguments: list[str]) -> int:
         if verdict.problems:
             check.print_problems(verdict, file=sys.stderr)
             return 2
+    return _hand_over(arguments)
+
+
+def _hand_over(arguments: list[str]) -> int:
     from lightning_moe.cli.lightning_cli import run
 
     return int(run(arguments) or 0)

@@ -55,11 +55,7 @@ class _RecipeLoader(yaml.SafeLoader):
     """PyYAML's safe loader, with numbers and dates read as LightningCLI reads them."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
-        first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag.rpartition(":")[2] not in ("float", "timestamp")
-        ]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("float", "timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -192,9 +188,7 @@ def _invalid_yaml(error: yaml.YAMLError, text: str, name: str) -> ConfigError:
     lines = text.splitlines()
     line = lines[mark.line].strip() if mark.line < len(lines) else "end of file"
     problem = getattr(error, "problem", None) or getattr(error, "context", None) or "it cannot be parsed"
-    return ConfigError(
-        "recipe", line, "valid YAML", f"{problem} (column {mark.column + 1})", f"{name}:{mark.line + 1}"
-    )
+    return ConfigError("recipe", line, "valid YAML", f"{problem} (column {mark.column + 1})", f"{name}:{mark.line + 1}")
 
 
 def _file_hint(path: Path, error: Exception) -> str:

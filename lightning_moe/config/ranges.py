@@ -47,11 +47,7 @@ def above(field: str, bound: float, hint: str = "") -> Rule:
 
     def rule(config: Any) -> ConfigError | None:
         value = getattr(config, field)
-        return (
-            None
-            if value is None or value > bound
-            else ConfigError(field, value, f"greater than {bound}", hint)
-        )
+        return None if value is None or value > bound else ConfigError(field, value, f"greater than {bound}", hint)
 
     return rule
 
@@ -61,9 +57,7 @@ def within(field: str, low: float, high: float) -> Rule:
 
     def rule(config: Any) -> ConfigError | None:
         value = getattr(config, field)
-        return (
-            None if low <= value < high else ConfigError(field, value, f"at least {low} and less than {high}")
-        )
+        return None if low <= value < high else ConfigError(field, value, f"at least {low} and less than {high}")
 
     return rule
 

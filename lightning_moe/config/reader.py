@@ -36,21 +36,29 @@ class KnownValues:
         except KeyError:
             raise UnknownValueError(name) from None
 
+    def forget(self, name: str) -> None:
+        """Treat a value as unknown from now on."""
+        self._values.pop(name, None)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the values by field name."""
         return dict(self._values)
 
 
-def apply_rules(rules: Sequence[Rule], config: Any) -> list[ConfigError]:
-    """Return what the rules have against ``config``, leaving out rules that need a value it does not know."""
+def apply_rules(rules: Sequence[Rule], known: KnownValues) -> list[ConfigError]:
+    """Return what the rules have against the values, in the order of the rules.
+
+    A refused value is forgotten, so that each mistake is told once and later rules need no guards against it.
+    """
     problems = []
     for rule in rules:
         try:
-            problem = rule(config)
+            problem = rule(known)
         except UnknownValueError:
             continue
         if problem is not None:
             problems.append(problem)
+            known.forget(problem.field)
     return problems
 
 
@@ -71,16 +79,8 @@ def read(key: str, value: Any, annotation: Any) -> tuple[Any, list[ConfigError]]
     for member in members:
         fits = isinstance(value, Mapping) or (is_path and hasattr(member, "known"))
         if dataclasses.is_dataclass(member) and fits:
-            return (
-                read_component(key, value, member)
-                if hasattr(member, "known")
-                else read_fields(key, value, member)
-            )
-        if (
-            isinstance(value, list)
-            and get_origin(member) is list
-            and dataclasses.is_dataclass(get_args(member)[0])
-        ):
+            return read_component(key, value, member) if hasattr(member, "known") else read_fields(key, value, member)
+        if isinstance(value, list) and get_origin(member) is list and dataclasses.is_dataclass(get_args(member)[0]):
             entries = [read(f"{key}[{i}]", entry, get_args(member)[0]) for i, entry in enumerate(value)]
             return [entry for entry, _ in entries], [problem for _, found in entries for problem in found]
     return check_type(key, value, annotation)
@@ -91,9 +91,7 @@ def read_fields(key: str, given: Mapping[str, Any], schema: Any) -> tuple[KnownV
     prefix = f"{key}." if key else ""
     hints = get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
-    problems = [
-        _unknown_key(prefix, name, value, list(fields)) for name, value in given.items() if name not in fields
-    ]
+    problems = [_unknown_key(prefix, name, value, list(fields)) for name, value in given.items() if name not in fields]
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in given:
@@ -108,12 +106,9 @@ def read_fields(key: str, given: Mapping[str, Any], schema: Any) -> tuple[KnownV
         else:
             hint = f"add `{name}: ...`" + (f" under {key}" if key else "")
             problems.append(ConfigError(prefix + name, None, "a value: it has no default", hint))
-    if schema is ParallelConfig:
-        return KnownValues(values), problems + _parallel_problems(key.rpartition(".")[0], values)
     known = KnownValues(values)
-    return known, problems + [
-        problem.under(key) for problem in apply_rules(getattr(schema, "rules", ()), known)
-    ]
+    broken = apply_rules(_rules(schema), known)
+    return known, problems + [problem.under(key) for problem in broken]
 
 
 def read_component(key: str, given: Any, slot: Any) -> tuple[KnownValues, list[ConfigError]]:
@@ -131,9 +126,7 @@ def read_component(key: str, given: Any, slot: Any) -> tuple[KnownValues, list[C
     package, _, class_name = values["class_path"].rpartition(".")
     ours = not package or package.partition(".")[0] == "lightning_moe"
     if slot.known and ours and class_name not in slot.known:
-        allowed = (
-            ", ".join(f"lightning_moe.{name}" for name in slot.known) + " or the import path of another class"
-        )
+        allowed = ", ".join(f"lightning_moe.{name}" for name in slot.known) + " or the import path of another class"
         hint = closest(class_name, slot.known)
         problems.append(ConfigError(f"{key}.class_path", values["class_path"], allowed, hint))
     elif ours and class_name in slot.known and isinstance(init_args, Mapping):
@@ -162,13 +155,19 @@ def _unknown_key(prefix: str, name: str, value: Any, fields: list[str]) -> Confi
     return ConfigError(prefix + name, shown, "one of the keys " + ", ".join(fields), closest(name, fields))
 
 
-def _parallel_problems(parent: str, values: dict[str, Any]) -> list[ConfigError]:
-    """ParallelConfig checks itself: build it once per field to tell all problems; forget bad values."""
-    problems = []
-    for name, value in list(values.items()):
+def _rules(schema: Any) -> Sequence[Rule]:
+    if schema is ParallelConfig:  # it checks itself, one field at a time
+        return [_builds_parallel_config(field.name) for field in dataclasses.fields(ParallelConfig)]
+    rules: Sequence[Rule] = getattr(schema, "rules", ())
+    return rules
+
+
+def _builds_parallel_config(name: str) -> Rule:
+    def rule(config: Any) -> ConfigError | None:
         try:
-            ParallelConfig(**{name: value})
+            ParallelConfig(**{name: getattr(config, name)})
         except ConfigError as problem:
-            problems.append(problem.under(parent))
-            del values[name]
-    return problems
+            return ConfigError(name, problem.value, problem.allowed, problem.hint)
+        return None
+
+    return rule

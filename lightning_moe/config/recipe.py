@@ -56,6 +56,10 @@ class Recipe:
     """The LightningModule to train."""
     data: DataComponent | None = None
     """The LightningDataModule to train on."""
+    optimizer: Component | None = None
+    """Optimizer for a model that configures none itself."""
+    lr_scheduler: Component | None = None
+    """Learning-rate schedule for a model that configures none itself."""
     ckpt_path: str | None = None
     """Checkpoint to start from."""
     weights_only: bool | None = None

@@ -75,7 +75,7 @@ def axes_factor_the_world(recipe: Any) -> ConfigError | None:
 def expert_axis_divides_experts(recipe: Any) -> ConfigError | None:
     """Every expert rank holds the same number of experts."""
     parallel, moe = parallel_config(recipe), model_config(recipe).moe
-    if parallel is None or moe is None or moe.num_experts < 1 or moe.num_experts % parallel.expert == 0:
+    if parallel is None or moe is None or moe.num_experts % parallel.expert == 0:
         return None
     return ConfigError(
         f"{_STRATEGY}.parallel.expert",

@@ -1,4 +1,8 @@
-"""The rules that fields of one configuration must obey together, one small function each (torch-free)."""
+"""The rules that fields of one configuration must obey together, one small function each (torch-free).
+
+Rules run in the order of the tuples below. A rule may rely on those before it: it runs only on values that they let
+pass.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,12 @@ def top_k_within_experts(config: MoEConfig) -> ConfigError | None:
     """A token cannot visit more experts than there are."""
     if config.top_k <= config.num_experts:
         return None
-    return ConfigError(
-        "top_k", config.top_k, f"at most num_experts = {config.num_experts}", "lower it or add experts"
-    )
+    return ConfigError("top_k", config.top_k, f"at most num_experts = {config.num_experts}", "lower it or add experts")
 
 
 def groups_divide_experts(config: MoEConfig) -> ConfigError | None:
     """Expert groups have equal sizes."""
-    if config.num_groups < 1 or config.num_experts % config.num_groups == 0:
+    if config.num_experts % config.num_groups == 0:
         return None
     return ConfigError(
         "num_groups",
@@ -52,9 +54,7 @@ def chosen_groups_exist(config: MoEConfig) -> ConfigError | None:
 
 def chosen_groups_hold_top_k(config: MoEConfig) -> ConfigError | None:
     """The chosen groups together hold at least ``top_k`` experts."""
-    if config.num_groups < 1 or config.num_experts % config.num_groups or config.top_k > config.num_experts:
-        return None  # reported by the rules above
-    available = config.num_experts // config.num_groups * min(config.top_k_groups, config.num_groups)
+    available = config.num_experts // config.num_groups * config.top_k_groups
     if config.top_k <= available:
         return None
     return ConfigError(
@@ -134,7 +134,7 @@ MOE_RULES: tuple[Rule, ...] = (
 
 def heads_divide_hidden_size(config: ChronosMoEConfig) -> ConfigError | None:
     """Attention heads have equal widths."""
-    if config.num_heads < 1 or config.hidden_size % config.num_heads == 0:
+    if config.hidden_size % config.num_heads == 0:
         return None
     return ConfigError(
         "num_heads",
@@ -145,8 +145,6 @@ def heads_divide_hidden_size(config: ChronosMoEConfig) -> ConfigError | None:
 
 def head_width_is_even(config: ChronosMoEConfig) -> ConfigError | None:
     """Rotary position encoding turns pairs of features."""
-    if config.num_heads < 1 or config.hidden_size % config.num_heads:
-        return None  # reported by the rule above
     width = config.hidden_size // config.num_heads
     if width % 2 == 0:
         return None
@@ -163,7 +161,7 @@ def patches_fill(field: str) -> Rule:
 
     def rule(config: ChronosMoEConfig) -> ConfigError | None:
         length: int = getattr(config, field)
-        if config.patch_length < 1 or length % config.patch_length == 0:
+        if length % config.patch_length == 0:
             return None
         down = length // config.patch_length * config.patch_length
         nearest = ([down] if down else []) + [down + config.patch_length]
@@ -193,7 +191,7 @@ def quantiles_are_levels(config: ChronosMoEConfig) -> ConfigError | None:
 
 def median_is_a_level(config: ChronosMoEConfig) -> ConfigError | None:
     """Point forecasts and the Huber loss read the median."""
-    if not config.quantiles or 0.5 in config.quantiles:
+    if 0.5 in config.quantiles:
         return None
     return ConfigError(
         "quantiles",

@@ -94,6 +94,8 @@ class SeriesConfig:
     """Names of the bundled data sets; null takes all of them."""
     path: str | None = None
     """CSV or Parquet file in long format to read instead of the bundled data sets."""
+    frame: None = None
+    """A DataFrame in long format, which only Python code can give."""
     id_column: str = "item_id"
     """Column that names the series of a row."""
     timestamp_column: str = "timestamp"

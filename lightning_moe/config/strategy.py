@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.ranges import Rule, above
+from lightning_moe.config.reader import Component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +26,13 @@ class StrategyRecipe:
     """Seconds after which a collective gives up."""
     bucket_megabytes: float = 25.0
     """Size of a gradient bucket in MiB."""
+    accelerator: None = None
+    """Set by the Trainer."""
+    parallel_devices: None = None
+    """Set by the Trainer."""
+    cluster_environment: Component | None = None
+    """How the ranks find each other; null finds it out."""
+    checkpoint_io: Component | None = None
+    """How whole-file checkpoints are written."""
+    precision_plugin: None = None
+    """Set by the Trainer from its precision."""

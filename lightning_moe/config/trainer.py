@@ -73,9 +73,7 @@ def max_steps_is_positive(config: TrainerRecipe) -> ConfigError | None:
     """A run has at least one step, or -1 for no limit."""
     if config.max_steps == -1 or config.max_steps > 0:
         return None
-    return ConfigError(
-        "max_steps", config.max_steps, "at least 1, or -1 for no limit", "0 would train nothing"
-    )
+    return ConfigError("max_steps", config.max_steps, "at least 1, or -1 for no limit", "0 would train nothing")
 
 
 def devices_are_countable(config: TrainerRecipe) -> ConfigError | None:
@@ -193,9 +191,7 @@ def count_devices(trainer: TrainerRecipe) -> int | None:
     if isinstance(devices, str):
         if devices == "auto":
             return 1 if trainer.accelerator == "cpu" else None
-        devices = (
-            [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
-        )
+        devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
     if isinstance(devices, list):
         return len(devices)
     return devices if devices > 0 else None

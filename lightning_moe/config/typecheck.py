@@ -21,7 +21,9 @@ _NAMES: Mapping[object, str] = types.MappingProxyType(
 def closest(name: object, known: Iterable[str]) -> str:
     """Return a "did you mean" sentence for ``name``, or an empty text when nothing known is close to it."""
     by_lower_case = {candidate.lower(): candidate for candidate in known}
-    matches = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.5)
+    wanted = str(name).lower()
+    matches = [candidate for candidate in by_lower_case if len(wanted) > 2 and candidate.startswith(wanted)]
+    matches = matches or difflib.get_close_matches(wanted, by_lower_case, n=1, cutoff=0.5)
     return f"did you mean {by_lower_case[matches[0]]!r}?" if matches else ""
 
 
@@ -126,9 +128,7 @@ def _check_sequence(field: str, value: object, annotation: Any) -> tuple[Any, li
         return value, [ConfigError(field, value, describe(annotation), "write it as [a, b, ...]")]
     fixed = origin is tuple and Ellipsis not in arguments
     if fixed and len(value) != len(arguments):
-        return value, [
-            ConfigError(field, list(value), describe(annotation), f"{len(value)} values were given")
-        ]
+        return value, [ConfigError(field, list(value), describe(annotation), f"{len(value)} values were given")]
     converted, problems = [], []
     for position, entry in enumerate(value):
         checked, found = check_type(f"{field}[{position}]", entry, arguments[position if fixed else 0])

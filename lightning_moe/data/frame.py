@@ -104,9 +104,7 @@ def series_from_frame(
         raise _irregular(timestamp_column, irregular, alias)
     _require_length(names, [len(history) for history in histories], prediction_length)
     empty = [
-        name
-        for name, history in zip(names, histories, strict=True)
-        if np.isnan(history[:-prediction_length]).all()
+        name for name, history in zip(names, histories, strict=True) if np.isnan(history[:-prediction_length]).all()
     ]
     if empty:
         allowed = "at least one value before the holdout in every series"

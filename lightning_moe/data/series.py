@@ -40,8 +40,8 @@ class SeriesDataModule(LightningDataModule):
     ``Trainer(use_distributed_sampler=...)``: the samplers are already in place.
 
     Args:
-        datasets: Names out of :data:`lightning_moe.data.DATASETS`; None means all ten, or none of them when
-            ``path`` or ``frame`` is given.
+        datasets: Names out of :data:`lightning_moe.data.DATASETS`; None means all ten, unless ``path`` or
+            ``frame`` is given.
         path: A ``.csv`` or ``.parquet`` file in long format, one row per series and time.
         frame: The same as a DataFrame.
         id_column: Column of ``path`` or ``frame`` that tells the series apart.
@@ -68,9 +68,6 @@ class SeriesDataModule(LightningDataModule):
         ConfigError: A value is out of range, or more than one source is given; and from ``setup``, when the
             data do not fit the arguments.
     """
-
-    # With fewer series than ranks some ranks have nothing to evaluate. Lightning takes that for a mistake.
-    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
         self,
@@ -100,6 +97,8 @@ class SeriesDataModule(LightningDataModule):
             season_length=1 if season_length is None else season_length,
         )
         _require_at_least(0, num_workers=num_workers, seed=seed)
+        # With fewer series than ranks some ranks have nothing to evaluate. Lightning takes that for a mistake.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.datasets = datasets
         self.path = path
         self.frame = frame
@@ -158,9 +157,7 @@ class SeriesDataModule(LightningDataModule):
             seed=self.seed,
             samples_per_epoch=self.batches_per_epoch * self.batch_size * num_replicas,
         )
-        return ResumableDataLoader(
-            dataset, sampler=EpochSampler(dataset, num_replicas, rank), **self._loading()
-        )
+        return ResumableDataLoader(dataset, sampler=EpochSampler(dataset, num_replicas, rank), **self._loading())
 
     def val_dataloader(self) -> DataLoader[ForecastBatch]:
         """Return the last horizon of each history as target, for series that are long enough."""

@@ -20,9 +20,7 @@ from torch import Tensor
 from lightning_moe.moe.choices import count_choices
 
 
-def auxiliary_loss(
-    scores: Tensor, tokens_per_expert: Tensor, top_k: int, mask: Tensor | None = None
-) -> Tensor:
+def auxiliary_loss(scores: Tensor, tokens_per_expert: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
     """Load-balancing loss of one rank's micro-batch, ``E * sum_i f_i P_i`` (arXiv:2101.03961, eq. 4).
 
     ``f_i`` is the fraction of the ``T * K`` choices that fell on expert ``i`` and ``P_i`` the mean score of

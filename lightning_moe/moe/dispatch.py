@@ -17,9 +17,7 @@ to run on CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +26,26 @@ from torch import Tensor
 
 from lightning_moe.moe.choices import position_in_expert
 from lightning_moe.parallel.collectives import all_to_all
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows each rank sends to each slot.
+
+    Both forms are kept because each is needed, and making one from the other would wait for the device once more.
+
+    Attributes:
+        tensor: int64 ``[P, E]`` on the device.
+        numbers: The same as ``P`` lists of ``E`` numbers.
+    """
+
+    tensor: Tensor
+    numbers: list[list[int]]
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots ``E`` of all ranks."""
+        return self.tensor.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,37 +84,26 @@ class DispatchPlan:
 
 
 def plan_dispatch(
-    slots: Tensor,
-    sizes: Sequence[Sequence[int]],
-    rank: int,
-    sent: Tensor | None = None,
-    *,
-    padded: bool = False,
+    slots: Tensor, counts: RowCounts, rank: int, sent: Tensor | None = None, *, padded: bool = False
 ) -> DispatchPlan:
     """Work out a plan; pure, without communication and without waiting for the device.
 
     Args:
         slots: Slot of each choice, int64 ``[T, K]``.
-        sizes: Rows that each rank sends to each slot, ``P`` lists of ``E`` numbers.
+        counts: Rows that each rank sends to each slot.
         rank: This rank's position among the ``P``.
         sent: Bool ``[T, K]``: choices that are sent (real tokens, within capacity); None for all.
-        padded: Whether ``sizes[rank]`` may exceed the number of choices per slot; the difference is rows of
-            zeros.
+        padded: Whether this rank sends more rows to a slot than it has choices for it; the rest are zeros.
 
     Returns:
         The plan, with index tensors on the device of ``slots``.
     """
-    device = slots.device
-    num_ranks, num_slots = len(sizes), len(sizes[0])
-    local = slice(rank * num_slots // num_ranks, (rank + 1) * num_slots // num_ranks)
-    blocks = [
-        sum(sizes[rank][p * num_slots // num_ranks : (p + 1) * num_slots // num_ranks])
-        for p in range(num_ranks)
-    ]
-    pieces = [list(source[local]) for source in sizes]
-    expert_counts = [sum(column) for column in zip(*pieces, strict=True)]
-    row_of_choice, choice_of_row = _match_rows(slots, sizes[rank], sent)
-    to_expert_major, to_source_major = _expert_major(pieces, device)
+    local_slots = _slots_of(rank, counts)
+    own = counts.numbers[rank]
+    received = counts.tensor[:, local_slots]
+    pieces = [source[local_slots] for source in counts.numbers]
+    row_of_choice, choice_of_row = _match_rows(slots, counts.tensor[rank], sum(own), sent)
+    to_expert_major, to_source_major = _expert_major(received, sum(map(sum, pieces)))
     return DispatchPlan(
         num_tokens=slots.shape[0],
         top_k=slots.shape[1],
@@ -104,12 +111,12 @@ def plan_dispatch(
         choice_sent=None if sent is None else sent.flatten(),
         choice_of_row=choice_of_row.clamp(min=0) if padded else choice_of_row,
         row_filled=choice_of_row >= 0 if padded else None,
-        input_splits=tuple(blocks),
-        output_splits=tuple(sum(source) for source in pieces),
+        input_splits=tuple(sum(own[_slots_of(other, counts)]) for other in range(len(pieces))),
+        output_splits=tuple(map(sum, pieces)),
         to_expert_major=to_expert_major,
         to_source_major=to_source_major,
-        expert_counts=tuple(expert_counts),
-        expert_offsets=torch.tensor(list(accumulate(expert_counts)), dtype=torch.int32, device=device),
+        expert_counts=tuple(map(sum, zip(*pieces, strict=True))),
+        expert_offsets=received.sum(0).cumsum(0).to(torch.int32),
     )
 
 
@@ -151,11 +158,15 @@ def combine(
     return out
 
 
-def _match_rows(slots: Tensor, sizes: Sequence[int], sent: Tensor | None) -> tuple[Tensor, Tensor]:
+def _slots_of(rank: int, counts: RowCounts) -> slice:
+    per_rank = counts.num_slots // len(counts.numbers)
+    return slice(rank * per_rank, (rank + 1) * per_rank)
+
+
+def _match_rows(slots: Tensor, sizes: Tensor, num_rows: int, sent: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row of each choice (0 where not sent), ``[N]``, and choice of each row (-1 at padding), ``[R]``."""
-    num_slots, num_rows = len(sizes), sum(sizes)
-    first_row = torch.tensor([0, *accumulate(sizes)], device=slots.device)[:num_slots]
-    rows = (first_row[slots] + position_in_expert(slots, num_slots, sent)).flatten()
+    first_row = sizes.cumsum(0) - sizes
+    rows = (first_row[slots] + position_in_expert(slots, sizes.numel(), sent)).flatten()
     if sent is not None:
         # One more row takes what is not sent: selecting by a mask would wait for the device to count it.
         rows = rows.where(sent.flatten(), num_rows)
@@ -164,17 +175,16 @@ def _match_rows(slots: Tensor, sizes: Sequence[int], sent: Tensor | None) -> tup
     return (rows if sent is None else rows.where(sent.flatten(), 0)), choices[:num_rows]
 
 
-def _expert_major(pieces: list[list[int]], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Permutations between source-major and expert-major; ``pieces[p][e]`` rows from rank p to expert e."""
-    if len(pieces) == 1 or len(pieces[0]) == 1:
+def _expert_major(received: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """Permutations between source-major and expert-major, for ``received[p, e]`` rows from rank p to expert e."""
+    num_ranks, num_experts = received.shape
+    if num_ranks == 1 or num_experts == 1:
         return None, None
-    experts = torch.arange(len(pieces[0]), device=device).repeat(len(pieces))
-    lengths = torch.tensor(pieces, device=device).flatten()
-    num_rows = sum(map(sum, pieces))
-    expert_of_row = experts.repeat_interleave(lengths, output_size=num_rows)
+    experts = torch.arange(num_experts, device=received.device).repeat(num_ranks)
+    expert_of_row = experts.repeat_interleave(received.flatten(), output_size=num_rows)
     to_expert_major = torch.argsort(expert_of_row, stable=True)
     to_source_major = torch.empty_like(to_expert_major)
-    to_source_major[to_expert_major] = torch.arange(num_rows, device=device)
+    to_source_major[to_expert_major] = torch.arange(num_rows, device=received.device)
     return to_expert_major, to_source_major
 
 

@@ -66,9 +66,7 @@ class GroupedExperts(nn.Module):
         up: Tensor = getattr(self, self._up_name)
         up_std = up.shape[-1] ** -0.5
         down_std = 0.5 * self.down_proj.shape[-1] ** -0.5
-        sharded_init_(
-            up, self.index, lambda weight, generator: weight.normal_(0, up_std, generator=generator)
-        )
+        sharded_init_(up, self.index, lambda weight, generator: weight.normal_(0, up_std, generator=generator))
         sharded_init_(
             self.down_proj,
             self.index,
@@ -156,9 +154,7 @@ def can_group(rows: Tensor, weight: Tensor) -> bool:
         return False
     widths = (weight.shape[-1], weight.shape[-2])
     addresses = (rows.data_ptr(), weight.data_ptr())
-    return all(width * rows.element_size() % 16 == 0 for width in widths) and all(
-        a % 16 == 0 for a in addresses
-    )
+    return all(width * rows.element_size() % 16 == 0 for width in widths) and all(a % 16 == 0 for a in addresses)
 
 
 def project_in_loop(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_moe.errors import ConfigError
 from lightning_moe.moe import balance
 from lightning_moe.moe.capacity import expert_capacity, within_capacity
 from lightning_moe.moe.choices import count_choices
-from lightning_moe.moe.dispatch import combine, dispatch, plan_dispatch
+from lightning_moe.moe.dispatch import RowCounts, combine, dispatch, plan_dispatch
 from lightning_moe.moe.experts import GroupedExperts, compute_dtype
 from lightning_moe.moe.participation import announce_call
 from lightning_moe.moe.placement import ExpertPlacement
@@ -91,11 +91,13 @@ class MoELayer(nn.Module):
 
     @property
     def expert_group(self) -> dist.ProcessGroup | None:
-        """The ranks that the experts are spread over; None for a world of one."""
+        """The ranks that the experts are spread over; None when this rank holds them all."""
+        if self.mesh.size("expert") == 1:
+            return None
         group = self.mesh.group("expert")
         # A pickled mesh comes back without groups: sending nothing would look like a layer that lost most
         # experts.
-        assert group is not None or self.mesh.size("expert") == 1, "this mesh has lost its process groups"
+        assert group is not None, "this mesh has lost its process groups"
         return group
 
     def shard_(self, mesh: ParallelMesh) -> None:
@@ -128,8 +130,7 @@ class MoELayer(nn.Module):
         """
         self._check_shapes(hidden, mask)
         if mask is not None:
-            # Not only unrouted but zeroed: a NaN in a padded position would still reach the router's weight
-            # gradient.
+            # Zeroed as well as left out: a NaN in a padded position would reach the router's weight gradient.
             hidden = hidden.masked_fill(~mask[..., None], 0)
         routing = self.router(hidden, mask)
         tokens = hidden.flatten(0, -2)
@@ -140,17 +141,17 @@ class MoELayer(nn.Module):
         return out.view_as(hidden), self._report(routing, sent, hidden, mask)
 
     @torch.no_grad()
-    def serve(self, dtype: torch.dtype, sizes: list[list[int]]) -> None:
+    def serve(self, dtype: torch.dtype, counts: RowCounts) -> None:
         """Compute this rank's experts for the other ranks' tokens, with none of its own.
 
         Args:
             dtype: Dtype of the rows.
-            sizes: Rows that each rank sends to each slot, as announced.
+            counts: Rows that each rank sends to each slot, as announced.
         """
         weight = self.router.weight
         tokens = weight.new_empty((0, self.hidden_size), dtype=dtype)
         choices = torch.empty((0, self.config.top_k), dtype=torch.int64, device=weight.device)
-        plan = plan_dispatch(choices, sizes, self.mesh.rank("expert"))
+        plan = plan_dispatch(choices, counts, self.mesh.rank("expert"))
         rows = dispatch(tokens, plan, self.expert_group)
         # Autocast is decided by the ranks that call, and the dtype they announced already says so.
         with torch.autocast(weight.device.type, enabled=False):
@@ -160,10 +161,10 @@ class MoELayer(nn.Module):
     def _apply_experts(self, tokens: Tensor, routing: Routing, sent: Tensor | None, sizes: Tensor) -> Tensor:
         """Output ``[T, D]`` of the routed experts."""
         group, dtype = self.expert_group, compute_dtype(tokens)
-        everyones_sizes = announce_call(self.layer_index, dtype, sizes, self.header_slots, group)
+        counts = announce_call(self.layer_index, dtype, sizes, self.header_slots, group)
         plan = plan_dispatch(
             self.slot_of_expert[routing.experts],
-            everyones_sizes,
+            counts,
             self.mesh.rank("expert"),
             sent,
             padded=self.config.pad_to_capacity,
@@ -187,9 +188,7 @@ class MoELayer(nn.Module):
             counts = count_choices(experts, config.num_experts, sent)
         return sent, torch.empty_like(counts).scatter_(0, self.slot_of_expert, counts)
 
-    def _report(
-        self, routing: Routing, sent: Tensor | None, hidden: Tensor, mask: Tensor | None
-    ) -> RoutingInfo:
+    def _report(self, routing: Routing, sent: Tensor | None, hidden: Tensor, mask: Tensor | None) -> RoutingInfo:
         config, counts = self.config, routing.tokens_per_expert
         off = routing.logits.new_zeros(())
         z_loss = off
@@ -214,11 +213,8 @@ class MoELayer(nn.Module):
                     f"with tokens [B, S, D], not {tuple(hidden.shape)}",
                     'use "auxiliary" or "global"',
                 )
-            shape = hidden.shape[:2]
-            scores, experts = (
-                routing.scores.view(*shape, config.num_experts),
-                routing.experts.view(*shape, config.top_k),
-            )
+            scores = routing.scores.view(*hidden.shape[:2], config.num_experts)
+            experts = routing.experts.view(*hidden.shape[:2], config.top_k)
             return balance.sequence_auxiliary_loss(scores, experts, mask)
         flat_mask = None if mask is None else mask.flatten()
         arguments = (routing.scores, routing.tokens_per_expert, config.top_k, flat_mask)
@@ -247,7 +243,5 @@ class MoELayer(nn.Module):
 def _supported(mesh: ParallelMesh) -> ParallelMesh:
     size = mesh.size("expert_tensor")
     if size != 1:
-        raise ConfigError(
-            "parallel.expert_tensor", size, "1 with this layer", "raise parallel.expert instead"
-        )
+        raise ConfigError("parallel.expert_tensor", size, "1 with this layer", "raise parallel.expert instead")
     return mesh

@@ -15,6 +15,7 @@ until a timeout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.errors import ConfigError
+from lightning_moe.moe.dispatch import RowCounts
 from lightning_moe.parallel.collectives import all_gather
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def number_layers(layers: Sequence[MoELayer]) -> None:
 
 def announce_call(
     layer_index: int, dtype: torch.dtype, sizes: Tensor, header_slots: int, group: dist.ProcessGroup | None
-) -> list[list[int]]:
+) -> RowCounts:
     """Tell the group that this rank calls a layer, and learn what every rank sends.
 
     This is the one point of a layer's forward pass where the host waits for the device.
@@ -57,24 +59,26 @@ def announce_call(
         dtype: Dtype of its rows.
         sizes: Rows that this rank sends to each slot, int64 ``[E]``.
         header_slots: Most slots of any layer in the group (see :func:`number_layers`).
-        group: The expert group; None for a world of one.
+        group: The expert group; None when this rank holds all experts.
 
     Returns:
-        Rows that each rank sends to each slot, ``P`` lists of ``E`` numbers; zeros for idle ranks.
+        Rows that each rank sends to each slot; zeros for idle ranks.
 
     Raises:
         RuntimeError: The active ranks do not call the same layer in the same dtype, or gradients are recorded
             while a rank has finished.
     """
     if group is None:
-        return [sizes.tolist()]
+        return RowCounts(sizes[None], [sizes.tolist()])
     if dtype not in _DTYPES:
         raise ConfigError("hidden.dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
-    prefix = [layer_index, _DTYPES.index(dtype), int(torch.is_grad_enabled())]
-    padding = sizes.new_zeros(header_slots - sizes.numel())
-    headers = _gather(torch.cat([sizes.new_tensor(prefix), sizes, padding]), group)
-    _check(headers)
-    return [header[_PREFIX : _PREFIX + sizes.numel()] for header in headers]
+    prefix = (layer_index, _DTYPES.index(dtype), int(torch.is_grad_enabled()))
+    # Filled on the device one by one: a tensor made from the list would wait for the device.
+    header = [sizes.new_full((1,), value) for value in prefix]
+    header += [sizes, sizes.new_zeros(header_slots - sizes.numel())]
+    headers = _gather(torch.cat(header), group)
+    _check(headers.numbers)
+    return _row_counts(headers, sizes.numel())
 
 
 @torch.no_grad()
@@ -106,22 +110,33 @@ def serve_until_idle(layers: Sequence[MoELayer]) -> int:
     served = 0
     while True:
         headers = _gather(idle, group)
-        call = _check(headers)
+        call = _check(headers.numbers)
         if call is None:
             return served
         layer_index, dtype = call
         if layer_index not in by_index:
-            raise RuntimeError(
-                f"other ranks call MoE layer {layer_index}; this rank serves {sorted(by_index)}"
-            )
+            raise RuntimeError(f"other ranks call MoE layer {layer_index}; this rank serves {sorted(by_index)}")
         layer = by_index[layer_index]
-        layer.serve(dtype, [header[_PREFIX : _PREFIX + layer.config.num_experts] for header in headers])
+        layer.serve(dtype, _row_counts(headers, layer.config.num_experts))
         served += 1
 
 
-def _gather(header: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
-    """Every rank's header, read to the host."""
-    return [list(map(int, row)) for row in all_gather(header[None], group).tolist()]
+@dataclass(frozen=True)
+class _Headers:
+    """Every rank's header, on the device and on the host."""
+
+    tensor: Tensor
+    numbers: list[list[int]]
+
+
+def _gather(header: Tensor, group: dist.ProcessGroup) -> _Headers:
+    headers = all_gather(header[None], group)
+    return _Headers(headers, headers.tolist())
+
+
+def _row_counts(headers: _Headers, num_slots: int) -> RowCounts:
+    columns = slice(_PREFIX, _PREFIX + num_slots)
+    return RowCounts(headers.tensor[:, columns], [header[columns] for header in headers.numbers])
 
 
 def _check(headers: list[list[int]]) -> tuple[int, torch.dtype] | None:

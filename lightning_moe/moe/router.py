@@ -90,11 +90,7 @@ class TopKRouter(nn.Module):
             logits = self._logits(hidden, mask)
             mask = None if mask is None else mask.flatten()
             probabilities = logits.softmax(-1) if self.config.router_score == "softmax" else logits.sigmoid()
-            experts = (
-                self._balanced_choice(logits, mask)
-                if self.config.force_balance
-                else self._choice(probabilities)
-            )
+            experts = self._balanced_choice(logits, mask) if self.config.force_balance else self._choice(probabilities)
             weights = self._weights(logits, probabilities, experts)
             scores = probabilities
             if self.config.router_score == "sigmoid":

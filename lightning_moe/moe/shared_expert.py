@@ -29,9 +29,7 @@ class SharedExpert(nn.Module):
         gate: ``[1, D]``, or None.
     """
 
-    def __init__(
-        self, hidden_size: int, expert_hidden_size: int, activation: Activation, gated: bool
-    ) -> None:
+    def __init__(self, hidden_size: int, expert_hidden_size: int, activation: Activation, gated: bool) -> None:
         super().__init__()
         self.activation = activation
         self._up_name, up_width = up_projection(activation, expert_hidden_size)

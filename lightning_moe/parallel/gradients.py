@@ -48,6 +48,9 @@ class _Slot:
     """Whether this rank has contributed since accumulation started."""
     arrived: bool = False
     """Whether this backward pass has reached the parameter."""
+    copy: Tensor | None = None
+    """The low-precision gradient that was handed out, with its version at that time."""
+    copy_version: int = 0
 
 
 @dataclass(eq=False)
@@ -104,12 +107,12 @@ class GradientReducer:
         if any(p.requires_grad and p not in self._slots for p in self._module.parameters()):
             self._build()  # a callback has unfrozen parameters
         for bucket in self._buckets:
-            if bucket.reduced and any(slot.parameter.grad is not None for slot in bucket.slots):
+            for slot in bucket.slots:
+                self._take_grad(slot)
+            if bucket.reduced and not all(slot.fresh for slot in bucket.slots):
                 bucket.buffer.mul_(bucket.undo)
             bucket.reduced = False
             bucket.missing = len(bucket.slots)
-            for slot in bucket.slots:
-                self._take_grad(slot)
         self._next = 0
         self._armed = True
 
@@ -175,7 +178,9 @@ class GradientReducer:
         if grad is None:
             slot.used = False
         elif grad.dtype != slot.view.dtype:
-            slot.parameter.grad = None
+            if grad is not slot.copy or grad._version != slot.copy_version:
+                slot.view.copy_(grad)  # somebody has changed it, e.g. zero_grad(set_to_none=False)
+            slot.parameter.grad = slot.copy = None
         elif grad is not slot.view:
             slot.view.copy_(grad)
             slot.parameter.grad = slot.view
@@ -236,7 +241,8 @@ class GradientReducer:
             elif slot.parameter.dtype == slot.view.dtype:
                 slot.parameter.grad = slot.view
             else:
-                slot.parameter.grad = slot.view.to(slot.parameter.dtype)
+                slot.parameter.grad = slot.copy = slot.view.to(slot.parameter.dtype)
+                slot.copy_version = slot.copy._version
 
 
 def global_grad_norm(

@@ -34,7 +34,7 @@ _STREAMS: Mapping[str, tuple[Axis, ...]] = {
 }
 
 
-def fold_seed(seed: int, *parts: str | SupportsIndex) -> int:
+def fold_seed(seed: SupportsIndex, *parts: str | SupportsIndex) -> int:
     """Derive a seed from ``seed`` and ``parts`` by a 63-bit hash that every process and release agrees on.
 
     Args:
@@ -127,7 +127,7 @@ def _copy(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Ten
 def _default_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     # Asking an unused CUDA for its state would create a context.
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 

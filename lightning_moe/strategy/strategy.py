@@ -32,7 +32,7 @@ from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import sharded_parameters
 from lightning_moe.parallel.state import broadcast_replicas, gather_full_state_dict, load_full_state_dict
 from lightning_moe.strategy.callbacks_check import refuse_unsupported_callbacks
-from lightning_moe.strategy.evaluation import finishes_dataloader
+from lightning_moe.strategy.evaluation import finishes_dataloader, has_len
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
@@ -242,6 +242,22 @@ class MoEStrategy(MeshStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._serve_after(super().predict_step(*args, **kwargs))
 
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Refuse an evaluation loader that leaves a rank without any batch: Lightning skips the loop on that rank."""
+        assert self.lightning_module is not None
+        if self.mesh.size(Axis.EXPERT) > 1 and not self.lightning_module.trainer.training and has_len(dataloader):
+            lengths: list[int] = [0] * self.mesh.world_size
+            dist.all_gather_object(lengths, len(dataloader))
+            if any(lengths) and not all(lengths):
+                raise ConfigError(
+                    "dataloader",
+                    f"{lengths} batches on ranks 0..{len(lengths) - 1}",
+                    "at least one batch on every rank",
+                    "evaluate on fewer devices, or on more samples: a rank without a batch cannot serve its experts",
+                )
+        return dataloader
+
     def _serve_after(self, output: Any) -> Any:
         """After this rank's last batch, run its experts for ranks that have more."""
         assert self.lightning_module is not None
@@ -306,9 +322,11 @@ class MoEStrategy(MeshStrategy):
         assert self.lightning_module is not None
         self._mesh = ParallelMesh.single()
         try:
-            self.lightning_module.configure_model()
+            with self.precision_plugin.module_init_context():
+                self.lightning_module.configure_model()
         finally:
             self._mesh = None
+        self.precision_plugin.convert_module(self.lightning_module)
         load_full_state_dict(self.lightning_module, weights)
 
     @override

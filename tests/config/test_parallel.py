@@ -40,7 +40,7 @@ def test_resolve_factors_the_world_twice(
 
 @given(
     sizes=st.fixed_dictionaries(
-        {name: SIZES for name in ("pipeline", "context", "tensor", "expert", "expert_tensor")},
+        dict.fromkeys(("pipeline", "context", "tensor", "expert", "expert_tensor"), SIZES),
         optional={"data": SIZES},
     ),
     world=st.integers(min_value=1, max_value=64),

@@ -166,9 +166,7 @@ def every_value_on_rank(bounds: list[int]) -> dict[str, float]:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize(
-    "bounds", [[0, 6, 23], [0, 23, 23], [0, 1, 2]], ids=["unequal", "empty", "unobserved"]
-)
+@pytest.mark.parametrize("bounds", [[0, 6, 23], [0, 23, 23], [0, 1, 2]], ids=["unequal", "empty", "unobserved"])
 def test_ranks_with_unequal_shares_equal_one_process(ranks: RankPool, bounds: list[int]) -> None:
     results = ranks.run(2, every_value_on_rank, bounds)
     for name, (build, _) in METRICS.items():

@@ -18,9 +18,7 @@ from lightning_moe.metrics import BASELINE, COMPARABLE_DATASETS, PUBLISHED, publ
         ("AutoTheta", 0.836, 0.679),
     ],
 )
-def test_relative_scores_equal_those_computed_from_the_full_result_files(
-    model: str, mase: float, wql: float
-) -> None:
+def test_relative_scores_equal_those_computed_from_the_full_result_files(model: str, mase: float, wql: float) -> None:
     # The figures on the right were computed apart, from the unrounded files.
     score = published_relative(model)
     assert score.mase == pytest.approx(mase, abs=6e-4)

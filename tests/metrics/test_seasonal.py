@@ -22,9 +22,7 @@ def test_integers_are_computed_in_float64() -> None:
     assert seasonal_error(history, 1) == 255.0  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "history", [[], [1.0], [1.0, 2.0, 3.0, 4.0], [1.0, np.nan, np.nan, np.nan, np.nan, 2.0]]
-)
+@pytest.mark.parametrize("history", [[], [1.0], [1.0, 2.0, 3.0, 4.0], [1.0, np.nan, np.nan, np.nan, np.nan, 2.0]])
 def test_no_pair_is_undefined(history: list[float]) -> None:
     assert math.isnan(seasonal_error(np.array(history), 4))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_moe.config.moe import MoEConfig
+from tests.moe.routed import RoutedBatch, RoutedResult
 
 D, E = 64, 12
 
@@ -99,8 +101,6 @@ class Reference:
     output: Tensor
     hidden_grad: Tensor
     grads: dict[str, Tensor]
-    experts: Tensor
-    weights: Tensor
     tokens_per_expert: Tensor
 
 
@@ -114,21 +114,15 @@ def reference(name: str, dtype: torch.dtype, batch: int, sequence: int, *, keep_
         sequence: Length of each.
         keep_float64: Undo the casts to float32 that all four blocks have in their routers.
     """
-    torch.manual_seed(3)
-    block, config = BLOCKS[name]()
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    if config.expert_bias:
-        block.gate.e_score_correction_bias.normal_(std=0.3)
-    block = block.to(dtype)
+    block, config = _random_block(name, dtype)
     hidden, cotangent = torch.randn(2, batch, sequence, D, dtype=torch.float64).to(dtype).unbind()
     hidden = hidden.clone().requires_grad_()
-    with _KeepFloat64() if keep_float64 else torch.enable_grad():
+    with _KeepFloat64() if keep_float64 else nullcontext():
         output = block(hidden)
-        _, weights, experts = block.gate(hidden)
+        experts = block.gate(hidden)[2]
     output.backward(cotangent)
     assert hidden.grad is not None
-    values = {ours: value for theirs, value in block.state_dict().items() for ours in [_our_name(theirs)]}
+    values = {_our_name(theirs): value for theirs, value in block.state_dict().items()}
     grads = {_our_name(n): p.grad for n, p in block.named_parameters() if p.grad is not None}
     return Reference(
         config,
@@ -138,10 +132,32 @@ def reference(name: str, dtype: torch.dtype, batch: int, sequence: int, *, keep_
         output.detach(),
         hidden.grad,
         _stack_shared(grads),
-        experts,
-        weights.detach(),
         torch.bincount(experts.flatten(), minlength=E),
     )
+
+
+def routed_reference(name: str, dtype: torch.dtype, num_tokens: int) -> tuple[RoutedBatch, RoutedResult]:
+    """Run only the routed experts of a block, on the choices and weights of its own router."""
+    block, config = _random_block(name, dtype)
+    hidden, cotangent = torch.randn(2, num_tokens, D, dtype=torch.float64).to(dtype).unbind()
+    with torch.no_grad():
+        _, weights, choices = block.gate(hidden)
+    hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+    output = block.experts(hidden, choices, weights)
+    output.backward(cotangent)
+    up, down = block.experts.gate_up_proj, block.experts.down_proj
+    batch = RoutedBatch(config, up.detach(), down.detach(), hidden.detach(), choices, weights.detach(), cotangent)
+    return batch, RoutedResult(output.detach(), hidden.grad, weights.grad, up.grad, down.grad)
+
+
+def _random_block(name: str, dtype: torch.dtype) -> tuple[Any, MoEConfig]:
+    torch.manual_seed(3)
+    block, config = BLOCKS[name]()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.08)
+    if config.expert_bias:
+        block.gate.e_score_correction_bias.normal_(std=0.3)
+    return block.to(dtype), config
 
 
 def _our_name(name: str) -> str:

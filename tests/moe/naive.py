@@ -1,4 +1,5 @@
-"""The layer written as loops over tokens and experts, from the definitions; nothing of the package is used."""
+"""The layer written as loops over tokens and experts, from the definitions; nothing of the package is
+used."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def naive_choices(config: MoEConfig, state: dict[str, Tensor], hidden: Tensor, m
             if not flag:
                 choices.append([])
                 continue
-            source = token if config.routing_granularity == "token" else sum(pooled) / len(pooled)  # type: ignore[operator]
+            source = token if config.routing_granularity == "token" else sum(pooled) / len(pooled)
             choices.append(_choose(config, state, source))
     return choices
 
@@ -112,5 +113,5 @@ def _choose(config: MoEConfig, state: dict[str, Tensor], token: Tensor) -> list[
         total = sum(torch.exp(logits[e]) for e in experts)
         weights = [torch.exp(logits[e]) / total for e in experts]
     elif config.renormalize:
-        weights = [weight / sum(weights) for weight in weights]  # type: ignore[arg-type]
+        weights = [weight / sum(weights) for weight in weights]
     return [(e, weight * config.routed_scaling_factor) for e, weight in zip(experts, weights, strict=True)]

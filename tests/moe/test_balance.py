@@ -72,7 +72,10 @@ def test_sequence_loss(masked: bool) -> None:
     mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6 if masked else None
     if mask is not None:
         mask[2] = False  # a sequence of padding only counts nowhere
-    ours, expected = balance.sequence_auxiliary_loss(scores, experts, mask), sequence_loss_by_loops(scores, experts, mask)
+    ours, expected = (
+        balance.sequence_auxiliary_loss(scores, experts, mask),
+        sequence_loss_by_loops(scores, experts, mask),
+    )
     assert ours.item() == pytest.approx(expected.item(), rel=1e-14)
     gradients = [torch.autograd.grad(loss, scores)[0] for loss in (ours, expected)]
     assert torch.allclose(*gradients, rtol=1e-13, atol=1e-16)
@@ -91,9 +94,7 @@ def test_masked_tokens_count_nowhere() -> None:
     logits, scores, experts = decisions(9)
     mask = torch.arange(9) % 2 > 0
     counts = count_choices(experts[mask], E)
-    assert torch.equal(
-        balance.auxiliary_loss(scores, counts, K, mask), balance.auxiliary_loss(scores[mask], counts, K)
-    )
+    assert torch.equal(balance.auxiliary_loss(scores, counts, K, mask), balance.auxiliary_loss(scores[mask], counts, K))
     assert balance.z_loss(logits, mask).item() == pytest.approx(balance.z_loss(logits[mask]).item(), rel=1e-14)
 
 
@@ -145,7 +146,6 @@ def test_global_loss_is_that_of_one_process(ranks: RankPool, lengths: list[int],
     assert torch.allclose(torch.cat([part for _, part in results]) / 3, gradient, rtol=1e-13, atol=0)
     if sum(lengths):
         local = [
-            balance.auxiliary_loss(s, count_choices(e, E, m[:, None].expand_as(e)), K, m).item()
-            for _, s, e, m in parts
+            balance.auxiliary_loss(s, count_choices(e, E, m[:, None].expand_as(e)), K, m).item() for _, s, e, m in parts
         ]
         assert sum(local) / 3 != pytest.approx(whole.item(), rel=1e-3)

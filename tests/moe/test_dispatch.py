@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_moe.moe.choices import count_choices
-from lightning_moe.moe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
+from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatch, plan_dispatch
+
+
+def row_counts(numbers: list[list[int]]) -> RowCounts:
+    return RowCounts(torch.tensor(numbers), numbers)
 
 
 @dataclass
@@ -24,9 +28,9 @@ class World:
     capacity: int | None
 
     def plans(self) -> list[DispatchPlan]:
-        sizes = [self._sizes(rank) for rank in range(len(self.slots))]
+        counts = row_counts([self._sizes(rank) for rank in range(len(self.slots))])
         return [
-            plan_dispatch(slots, sizes, rank, sent, padded=self.capacity is not None)
+            plan_dispatch(slots, counts, rank, sent, padded=self.capacity is not None)
             for rank, (slots, sent) in enumerate(zip(self.slots, self.sent, strict=True))
         ]
 
@@ -44,15 +48,15 @@ def worlds(draw: st.DrawFn) -> World:
     slots, sent = [], []
     for _ in range(num_ranks):
         num_tokens = draw(st.integers(0, 5))
-        numbers = draw(st.lists(st.integers(0, num_slots - 1), min_size=num_tokens * top_k, max_size=num_tokens * top_k))
+        numbers = draw(
+            st.lists(st.integers(0, num_slots - 1), min_size=num_tokens * top_k, max_size=num_tokens * top_k)
+        )
         slots.append(torch.tensor(numbers, dtype=torch.int64).view(num_tokens, top_k))
         flags = draw(st.none() | st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers)))
         if padded and flags is None:
             flags = [True] * len(numbers)
         sent.append(None if flags is None else torch.tensor(flags, dtype=torch.bool).view(num_tokens, top_k))
-    most = max(
-        int(count_choices(s, num_slots, flags).max()) for s, flags in zip(slots, sent, strict=True)
-    )
+    most = max(int(count_choices(s, num_slots, flags).max()) for s, flags in zip(slots, sent, strict=True))
     return World(num_slots, slots, sent, most + draw(st.integers(0, 2)) if padded else None)
 
 
@@ -108,7 +112,7 @@ def test_gradients(masked: bool, padded: bool) -> None:
     slots = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]])
     sent = torch.tensor([[1, 1], [0, 1], [0, 0], [1, 0]]).bool() if masked else torch.ones(4, 2, dtype=torch.bool)
     sizes = [3] * 3 if padded else count_choices(slots, 3, sent).tolist()
-    plan = plan_dispatch(slots, [sizes], 0, sent if masked or padded else None, padded=padded)
+    plan = plan_dispatch(slots, row_counts([sizes]), 0, sent if masked or padded else None, padded=padded)
     scale = torch.randn(sum(sizes), 1, dtype=torch.float64)
 
     def round_trip(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ def test_gradients(masked: bool, padded: bool) -> None:
 def test_sums_run_in_float32(dtype: torch.dtype) -> None:
     """256 + 0.5 + 0.5 + ... (8 terms in all) needs float32 on the way: in bf16 every half would be lost."""
     slots = torch.arange(8).view(1, 8)
-    plan = plan_dispatch(slots, [[1] * 8], 0)
+    plan = plan_dispatch(slots, row_counts([[1] * 8]), 0)
     rows = torch.tensor([[256.0]] + [[0.5]] * 7).to(dtype).requires_grad_()
     out = combine(rows, torch.ones(1, 8), plan, None, torch.float32)
     assert out.item() == 259.5

@@ -33,9 +33,7 @@ def run(experts: GroupedExperts, rows: Tensor, counts: list[int]) -> list[Tensor
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_grouped_equals_loop_bitwise(
-    counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grouped_equals_loop_bitwise(counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     grouped_mm = F.grouped_mm
     monkeypatch.setattr(

@@ -14,8 +14,8 @@ import torch
 
 from tests.distributed import RankPool
 from tests.moe.cases import Case, Result, assemble, assert_same, relative_error, run_rank, run_single
-from tests.moe.hugging_face import BLOCKS, Reference, reference
-from tests.moe.routed import RoutedCase, run_routed
+from tests.moe.hugging_face import BLOCKS, Reference, reference, routed_reference
+from tests.moe.routed import RoutedBatch, RoutedResult, run_routed
 
 BATCH, SEQUENCE = 6, 12
 SPLITS = {1: [6], 2: [4, 2], 3: [1, 0, 5]}
@@ -60,10 +60,7 @@ def compare(ranks: RankPool, num_ranks: int, tolerances: dict[tuple[str, torch.d
         for name, dtype, keep in tolerances
     }
     cases = [case_of(one, num_ranks) for one in expected.values()]
-    if num_ranks == 1:
-        by_rank = [[run_single(case) for case in cases]]
-    else:
-        by_rank = ranks.run(num_ranks, run_all, cases)
+    by_rank = [list(map(run_single, cases))] if num_ranks == 1 else ranks.run(num_ranks, run_all, cases)
     for number, (key, one) in enumerate(expected.items()):
         actual = assemble([results[number] for results in by_rank])
         try:
@@ -87,10 +84,36 @@ def test_float64_with_a_float32_router(ranks: RankPool, num_ranks: int) -> None:
     compare(ranks, num_ranks, {(name, torch.float64, False): 5e-7 for name in BLOCKS})
 
 
+def run_all_routed(batches: list[RoutedBatch], num_ranks: int) -> list[RoutedResult]:
+    return [run_routed(batch, num_ranks) for batch in batches]
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_float64_with_hugging_faces_routing(ranks: RankPool, num_ranks: int) -> None:
-    """Given the same choices and weights, whatever their dtype, everything behind the router agrees."""
-    ...
+    """Given the same choices and weights, everything behind the router agrees.
+
+    DeepSeek's weights are float32 (the other blocks' too, or were rounded to it), and so are their gradients.
+    """
+    expected = {name: routed_reference(name, torch.float64, 40) for name in BLOCKS}
+    batches = [batch for batch, _ in expected.values()]
+    if num_ranks == 1:
+        by_rank = [run_all_routed(batches, 1)]
+    else:
+        by_rank = ranks.run(num_ranks, run_all_routed, batches, num_ranks)
+    for number, (name, (batch, theirs)) in enumerate(expected.items()):
+        ours = [results[number] for results in by_rank]
+        interleaved = {
+            field: torch.empty_like(getattr(theirs, field)) for field in ("output", "hidden_grad", "weights_grad")
+        }
+        for field, whole in interleaved.items():
+            for rank, result in enumerate(ours):
+                whole[rank::num_ranks] = getattr(result, field)
+        errors = {field: relative_error(whole, getattr(theirs, field)) for field, whole in interleaved.items()}
+        for field in ("gate_up_grad", "down_grad"):
+            errors[field] = relative_error(torch.cat([getattr(r, field) for r in ours]), getattr(theirs, field))
+        weights_tolerance = 2e-7 if batch.weights.dtype == torch.float32 else 1e-12
+        assert errors.pop("weights_grad") <= weights_tolerance, name
+        assert max(errors.values()) <= 1e-12, (name, errors)
 
 
 def test_the_router_casts_are_really_there() -> None:

@@ -199,9 +199,7 @@ def test_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
 def test_grouped_gemm_equals_the_loop_bitwise(activation: Any) -> None:
     cases = [
-        random_case(
-            config_named("swiglu", activation=activation, grouped_gemm=grouped), [50], dtype=torch.float32
-        )
+        random_case(config_named("swiglu", activation=activation, grouped_gemm=grouped), [50], dtype=torch.float32)
         for grouped in (True, False)
     ]
     assert_same(run_single(cases[0]), run_single(cases[1]), 0.0)

@@ -37,7 +37,7 @@ def main() -> None:
     run.fit(module, Data())
     (metrics,) = run.validate(module, Data(), verbose=False)
     if run.global_rank == 0:
-        torch.save({"validate": metrics, "weights": module.state_dict(), "step": run.global_step}, output)
+        torch.save({"validate": metrics, "weights": module.state_dict()}, output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from tests.distributed import RankPool
+from tests.distributed import RankFailure, RankPool
 from tests.strategy.tiny import Sequences, TinyMoE, relative_error, trainer
 
 
@@ -145,3 +145,11 @@ def test_training_refuses_unequal_numbers_of_batches(ranks: RankPool) -> None:
     """Training must not serve: the gradients of the missing batches would be silently left out."""
     with pytest.raises(Exception, match=r"train_dataloader: '\[2, 4\] batches on ranks 0..1'"):
         ranks.run(2, fit_with_unequal_batches, 2, 2, init_process_group=False)
+
+
+def test_a_rank_without_any_batch_is_refused_on_all_ranks(ranks: RankPool) -> None:
+    """Lightning would skip the loop on that rank and leave the others waiting."""
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(2, predict, 2, 2, [[4], [0]], init_process_group=False)
+    assert len(failure.value.errors) == 2
+    assert all("[1, 0] batches" in str(error) for error in failure.value.errors.values())

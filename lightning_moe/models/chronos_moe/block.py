@@ -30,9 +30,7 @@ class ChronosBlock(nn.Module):
             self.ffn = MoELayer(config.hidden_size, config.moe, mesh)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor
-    ) -> tuple[Tensor, RoutingInfo | None]:
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, RoutingInfo | None]:
         """Transform the tokens of each series.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,9 +126,7 @@ def _checked_freq(freq: str) -> str:
     try:
         pd.tseries.frequencies.to_offset(freq)
     except ValueError as error:
-        raise ConfigError(
-            "freq", freq, "a pandas frequency alias, e.g. 'h', 'D', 'W', 'ME', 'QE' or 'YE'"
-        ) from error
+        raise ConfigError("freq", freq, "a pandas frequency alias, e.g. 'h', 'D', 'W', 'ME', 'QE' or 'YE'") from error
     return freq
 
 
@@ -144,7 +143,7 @@ def _one_series(item_id: Any, group: pd.DataFrame, freq: str | None) -> FrameSer
         )
     if freq is not None:
         values = _on_grid(item_id, values, freq)
-        return FrameSeries(item_id, np.asarray(values, np.float64), values.index[-1], freq)
+        return FrameSeries(item_id, np.array(values, np.float64), values.index[-1], freq)
     if len(stamps) < 3:
         raise ConfigError(
             "df",
@@ -152,7 +151,7 @@ def _one_series(item_id: Any, group: pd.DataFrame, freq: str | None) -> FrameSer
             "at least 3 rows per series, to infer its frequency",
             "pass freq= to forecast shorter series",
         )
-    inferred = pd.infer_freq(stamps)
+    inferred = _inferred_freq(stamps)
     if inferred is None:
         raise ConfigError(
             "timestamp_column",
@@ -160,7 +159,14 @@ def _one_series(item_id: Any, group: pd.DataFrame, freq: str | None) -> FrameSer
             "evenly spaced timestamps",
             "pass freq= to have the missing steps filled in as missing values",
         )
-    return FrameSeries(item_id, np.asarray(values, np.float64), stamps[-1], inferred)
+    return FrameSeries(item_id, np.array(values, np.float64), stamps[-1], inferred)
+
+
+def _inferred_freq(stamps: pd.DatetimeIndex) -> str | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas 3 announces that pandas 4 will return an offset here
+        inferred: Any = pd.infer_freq(stamps)
+    return inferred if inferred is None or isinstance(inferred, str) else str(inferred.freqstr)
 
 
 def _on_grid(item_id: Any, values: pd.Series[float], freq: str) -> pd.Series[float]:

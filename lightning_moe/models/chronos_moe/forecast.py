@@ -239,9 +239,7 @@ def _checked_length(config: ChronosMoEConfig, prediction_length: int | None, lim
 def _series_list(inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(inputs, Tensor):
         if inputs.dim() not in (1, 2):
-            raise ConfigError(
-                "inputs", f"a tensor of shape {tuple(inputs.shape)}", "a tensor of shape [T] or [B, T]"
-            )
+            raise ConfigError("inputs", f"a tensor of shape {tuple(inputs.shape)}", "a tensor of shape [T] or [B, T]")
         series = list(inputs[None] if inputs.dim() == 1 else inputs)
     else:
         series = [torch.as_tensor(one) for one in inputs]

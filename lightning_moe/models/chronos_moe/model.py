@@ -100,9 +100,7 @@ class ChronosMoEModel(nn.Module):
         statistics = instance_statistics(values, observed)
         normalized = torch.where(observed, normalize(values, statistics, config.use_arcsinh), 0.0)
 
-        patches = context_patches(normalized, observed, config.patch_length, config.context_length).to(
-            self.dtype
-        )
+        patches = context_patches(normalized, observed, config.patch_length, config.context_length).to(self.dtype)
         future = future_patches(self.num_future_patches, config.patch_length, config.context_length, patches)
         batch = patches.shape[0]
         past = self.patch_embedding(patches)

@@ -56,16 +56,10 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         ConfigError: A mapping does not describe a valid configuration.
     """
 
-    def __init__(
-        self, config: ChronosMoEConfig | None = None, optimizer: OptimizerConfig | None = None
-    ) -> None:
+    def __init__(self, config: ChronosMoEConfig | None = None, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
         config = config_from_dict(config) if isinstance(config, Mapping) else config or ChronosMoEConfig()
-        optimizer = (
-            optimizer_from_dict(optimizer)
-            if isinstance(optimizer, Mapping)
-            else optimizer or OptimizerConfig()
-        )
+        optimizer = optimizer_from_dict(optimizer) if isinstance(optimizer, Mapping) else optimizer or OptimizerConfig()
         self.config = config
         self.optimizer_config = optimizer
         # Plain dicts: a checkpoint that holds our classes could not be read with weights_only=True.
@@ -112,17 +106,13 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         loss = loss_sum / self._mean_over_data_ranks(valid).clamp(min=1e-9).to(loss_sum.dtype)
         logs = {"train_loss": loss.detach()}
         if output.routing:
-            auxiliary = torch.stack(
-                [routed.auxiliary_loss + routed.z_loss for routed in output.routing]
-            ).sum()
+            auxiliary = torch.stack([routed.auxiliary_loss + routed.z_loss for routed in output.routing]).sum()
             tokens = torch.stack([routed.tokens_per_expert for routed in output.routing]).float()
             logs["auxiliary_loss"] = auxiliary.detach()
             logs["expert_load_imbalance"] = (tokens.amax(-1) / tokens.mean(-1).clamp(min=1e-9)).mean()
             loss = loss + auxiliary
         self.log("train_loss", logs.pop("train_loss"), prog_bar=True)
-        self.log_dict(
-            logs
-        )  # tensors: Lightning reads them when the logger or progress bar does, not every step
+        self.log_dict(logs)  # tensors: Lightning reads them when the logger or progress bar does, not every step
         return loss
 
     def _loss(self, output: ChronosMoEOutput, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +207,7 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         assert self.scores is not None, "Lightning calls the epoch-start hook first"
         output = self.network()(batch["context"])
         loss_sum, valid = self._loss(output, batch["target"])
-        self.scores.loss.update(loss_sum / valid.clamp(min=1), valid)
+        self.scores.loss.update(loss_sum, valid)
         target = batch["target"].double() * batch["scale"].double()[:, None]
         quantiles = self._original_units(output, batch["scale"])[..., : target.shape[1]]
         index = batch["dataset_index"]
@@ -269,5 +259,4 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         module = cls(load_config(directory), optimizer)
         module.model = ChronosMoEModel(module.config, mesh or ParallelMesh.single())
         load_weights(module.model, directory)
-        module.eval()
         return module

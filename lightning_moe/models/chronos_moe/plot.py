@@ -52,9 +52,7 @@ def plot_forecast(
     forecast = np.asarray(quantiles, dtype=np.float64)
     levels = [round(float(level), 6) for level in quantile_levels]
     if forecast.ndim != 2 or forecast.shape[1] != len(levels):
-        raise ConfigError(
-            "quantiles", f"shape {forecast.shape}", f"shape [H, {len(levels)}], one column per level"
-        )
+        raise ConfigError("quantiles", f"shape {forecast.shape}", f"shape [H, {len(levels)}], one column per level")
     if 0.5 not in levels:
         raise ConfigError("quantile_levels", levels, "levels that contain 0.5")
     if ax is None:
@@ -74,7 +72,9 @@ def plot_forecast(
     if actual is not None:
         outcome = np.asarray(actual, dtype=np.float64).reshape(-1)
         line = _joined(past, np.arange(len(outcome)), outcome)
-        ax.plot(*line, color=_ACTUAL, linewidth=1.3, marker="o", markersize=2.6, label="actual")
+        first = len(line[0]) - len(outcome)  # no marker on the value that belongs to the history
+        style: dict[str, Any] = {"linewidth": 1.3, "marker": "o", "markersize": 2.6, "markevery": (first, 1)}
+        ax.plot(*line, color=_ACTUAL, label="actual", **style)
     _decorate(ax, title)
     return ax
 
@@ -116,15 +116,11 @@ def plot_forecast_grid(
     }
     for name, length in lengths.items():
         if number == 0 or length != number:
-            raise ConfigError(
-                name, f"{length} entries", f"one entry per series, and at least one series ({number})"
-            )
+            raise ConfigError(name, f"{length} entries", f"one entry per series, and at least one series ({number})")
     columns = max(1, min(columns, number))
     rows = -(-number // columns)
     # Not by pyplot: that would open a window on a desktop and keep every figure alive.
-    figure: Figure = _matplotlib("figure").Figure(
-        figsize=(4.6 * columns, 2.6 * rows + 0.4), layout="constrained"
-    )
+    figure: Figure = _matplotlib("figure").Figure(figsize=(4.6 * columns, 2.6 * rows + 0.4), layout="constrained")
     for position in range(number):
         ax = figure.add_subplot(rows, columns, position + 1)
         plot_forecast(
@@ -157,9 +153,7 @@ def plot_forecast_grid(
     return path
 
 
-def _joined(
-    past: NDArray[Any], steps: NDArray[Any], values: NDArray[Any]
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _joined(past: NDArray[Any], steps: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Start a line at the last observed value, so that it leaves the history without a gap."""
     if not len(past) or np.isnan(past[-1]):
         return steps, values

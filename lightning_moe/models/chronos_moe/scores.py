@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from lightning_moe.metrics import MASE, SMAPE, IntervalCoverage, WeightedQuantileLoss
 from lightning_moe.metrics.base import QuantileForecastMetric
@@ -23,12 +24,10 @@ class ForecastScores(nn.Module):
     def __init__(self, datasets: Sequence[str], quantile_levels: Sequence[float]) -> None:
         super().__init__()
         self.datasets = tuple(datasets)
-        self.loss = MeanMetric(nan_strategy="disable")
+        self.loss = MeanLoss()
         self.metrics = nn.ModuleList(nn.ModuleDict(_metrics(quantile_levels)) for _ in self.datasets)
 
-    def update(
-        self, quantiles: Tensor, target: Tensor, seasonal_error: Tensor, dataset_index: Tensor
-    ) -> None:
+    def update(self, quantiles: Tensor, target: Tensor, seasonal_error: Tensor, dataset_index: Tensor) -> None:
         """Add a batch; one host synchronisation.
 
         Args:
@@ -52,6 +51,12 @@ class ForecastScores(nn.Module):
             the baseline) and the plain mean for the others. A data set without data is NaN and does not
             enter the mean.
         """
+        with warnings.catch_warnings():
+            # A rank without a single series of some data set is no reason to warn.
+            warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
+            return self._compute()
+
+    def _compute(self) -> dict[str, Tensor]:
         scores = {"loss": self.loss.compute()}
         for name in self._of(0):
             values = torch.stack([self._of(index)[name].compute() for index in range(len(self.datasets))])
@@ -59,9 +64,7 @@ class ForecastScores(nn.Module):
                 scores[name] = values.log().nanmean().exp()
             else:
                 scores[name] = values.nanmean()
-            scores |= {
-                f"{name}/{dataset}": value for dataset, value in zip(self.datasets, values, strict=True)
-            }
+            scores |= {f"{name}/{dataset}": value for dataset, value in zip(self.datasets, values, strict=True)}
         return scores
 
     def reset(self) -> None:
@@ -74,6 +77,30 @@ class ForecastScores(nn.Module):
         table = self.metrics[index]
         assert isinstance(table, nn.ModuleDict)
         return {name: metric for name, metric in table.items() if isinstance(metric, QuantileForecastMetric)}
+
+
+class MeanLoss(Metric):
+    """Mean of a loss over all of its terms, whatever their number per batch and rank."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Add the sum of a batch's terms, scalar, and their number, int64 scalar."""
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return the mean, float64 scalar; NaN without any term."""
+        return self.total / self.count
 
 
 class ExpertLoad(Metric):
@@ -91,9 +118,7 @@ class ExpertLoad(Metric):
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__()
-        self.add_state(
-            "tokens", torch.zeros(num_layers, num_experts, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        self.add_state("tokens", torch.zeros(num_layers, num_experts, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, tokens_per_expert: Tensor) -> None:
         """Add the counts ``[L, E]`` of one batch."""

@@ -1,0 +1,60 @@
+# Every target makes the virtual environment first, if it is missing or out of date.
+#
+#   make train [RECIPE=recipes/chronos_moe_cpu.yaml]   train, then print a table per data set
+#   make test                                          everything that has to hold before a merge
+#   make test-quick | lint | docs | clean
+#
+# PYTHON=python3.12     the interpreter to build the environment with; by default the first one that is new enough
+# CONSTRAINTS=          keep the torch that PYTHON already has (GPU machines) instead of the CPU build;
+#                       `make clean` first where an environment with the other kind exists
+
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+RECIPE ?= recipes/chronos_moe_cpu.yaml
+CONSTRAINTS ?= constraints/cpu.txt
+VENV := .venv
+BIN := $(VENV)/bin
+# One stamp per state of the files that decide what is installed.
+STAMP := $(VENV)/.stamp-$(shell { cat pyproject.toml $(CONSTRAINTS); echo "$(CONSTRAINTS)"; } | cksum | cut -d' ' -f1)
+
+ifeq ($(strip $(CONSTRAINTS)),)
+# Without a pin pip would replace the machine's own torch by the newest CUDA build.
+VENV_OPTIONS := --system-site-packages
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
+else
+VENV_OPTIONS :=
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS)
+endif
+
+.PHONY: train test test-quick lint docs clean
+.DEFAULT_GOAL := test
+
+train: $(STAMP)
+	$(BIN)/lightning-moe fit --config $(RECIPE)
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(INSTALL) -q -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
+	$(INSTALL) -e '.[chronos,test]'
+	rm -f $(VENV)/.stamp-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,185 @@
+"""Gradient buckets: what they hold, when they are reduced, and the global norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_moe import ConfigError, ParallelConfig, ParallelMesh, ShardSpec, set_shard_spec
+from lightning_moe.parallel.gradients import GradientReducer, global_grad_norm
+from tests.distributed import RankPool
+
+
+class Two(nn.Module):
+    """One dense and one expert-parallel parameter; the loss is linear, so gradients are known."""
+
+    def __init__(self, mesh: ParallelMesh, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dense = nn.Parameter(torch.zeros(3, dtype=dtype))
+        first = mesh.rank("expert") * 2
+        self.experts = nn.Parameter(torch.zeros(2, 3, dtype=dtype))
+        size = 2 * mesh.size("expert")
+        set_shard_spec(self, "experts", ShardSpec("expert", 0, size, (first, first + 1)))
+
+    def loss(self, weight: float) -> Tensor:
+        return weight * (self.dense.sum() + self.experts.sum())
+
+
+def _backward(reducer: GradientReducer, loss: Tensor) -> None:
+    reducer.arm()
+    loss.backward()
+    reducer.finish()
+
+
+def reduce_known_gradients(bucket_bytes: int) -> tuple[list[float], list[float]]:
+    """Rank ``r`` contributes ``r + 1`` to every element."""
+    mesh = ParallelMesh.build(ParallelConfig(expert=2))
+    module = Two(mesh)
+    reducer = GradientReducer(module, mesh, bucket_bytes)
+    _backward(reducer, module.loss(float(dist.get_rank() + 1)))
+    assert module.dense.grad is not None
+    assert module.experts.grad is not None
+    return module.dense.grad.tolist(), module.experts.grad.flatten().tolist()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**20])
+def test_scaling(ranks: RankPool, bucket_bytes: int) -> None:
+    """Dense: mean over 4 ranks of 1..4. Experts of rank 0 and 2: their sum (1 + 3) over the same 4 ranks."""
+    results = ranks.run(4, reduce_known_gradients, bucket_bytes)
+    for rank, (dense, experts) in enumerate(results):
+        assert dense == [2.5] * 3
+        assert experts == [(1 + 3) / 4 if rank % 2 == 0 else (2 + 4) / 4] * 6
+
+
+def accumulate(dtype: torch.dtype) -> list[float]:
+    mesh = ParallelMesh.build(ParallelConfig())
+    module = Two(mesh, dtype)
+    reducer = GradientReducer(module, mesh, 2**20)
+    seen = []
+    calls: list[int] = []
+    original = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        with reducer.no_sync():
+            _backward(reducer, module.loss(1.0 + dist.get_rank()))
+            _backward(reducer, module.loss(1 / 512))  # too small to change 1.0 in bfloat16
+        assert not calls, "accumulation must not communicate"
+        _backward(reducer, module.loss(1 / 512))
+    finally:
+        dist.all_reduce = original
+    assert module.dense.grad is not None
+    assert module.dense.grad.dtype == dtype
+    seen.append(float(module.dense.grad[0]))
+    module.zero_grad()
+    assert module.dense.grad is None
+    _backward(reducer, module.loss(2.0))
+    seen.append(float(module.dense.grad[0]))
+    module.zero_grad(set_to_none=False)
+    _backward(reducer, module.loss(3.0))
+    seen.append(float(module.dense.grad[0]))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_accumulation_restarts_and_precision(ranks: RankPool, dtype: torch.dtype) -> None:
+    """Low precision accumulates in float32: parts that bfloat16 would lose one by one count together."""
+    first, second, third = ranks.run(2, accumulate, dtype)[0]
+    exact = 1.5 + 2 / 512
+    assert first == float(torch.tensor(exact).to(dtype))
+    if dtype is torch.bfloat16:
+        assert first == pytest.approx(exact, rel=2**-8)
+    assert (second, third) == (2.0, 3.0)
+
+
+class Chain(nn.Module):
+    """Layers used in an order of the rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(6))
+
+    def forward(self, x: Tensor, order: list[int]) -> Tensor:
+        for i in order:
+            x = self.layers[i](x)
+        return x
+
+
+def reduce_in_different_orders() -> list[Tensor]:
+    mesh = ParallelMesh.build(ParallelConfig())
+    torch.manual_seed(0)
+    module = Chain()
+    reducer = GradientReducer(module, mesh, 1)
+    order = list(range(6)) if dist.get_rank() == 0 else [5, 0, 4, 1, 3, 2]
+    _backward(reducer, module(torch.ones(2, 4), order).sum())
+    return [layer.weight.grad for layer in module.layers]  # type: ignore[misc]
+
+
+def test_ranks_that_reach_parameters_in_different_orders(ranks: RankPool) -> None:
+    """Buckets go in one order everywhere; otherwise ranks would reduce different buckets with each other."""
+    first, second = ranks.run(2, reduce_in_different_orders)
+    torch.manual_seed(0)
+    module = Chain()
+    loss = module(torch.ones(2, 4), list(range(6))).sum() + module(torch.ones(2, 4), [5, 0, 4, 1, 3, 2]).sum()
+    loss.backward()
+    for ours, theirs, layer in zip(first, second, module.layers, strict=True):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, layer.weight.grad / 2, rtol=1e-6, atol=1e-6)
+
+
+def unfreeze_later() -> float:
+    mesh = ParallelMesh.build(ParallelConfig())
+    module = Two(mesh)
+    module.dense.requires_grad_(False)
+    reducer = GradientReducer(module, mesh, 2**20)
+    _backward(reducer, module.loss(1.0))
+    assert module.dense.grad is None
+    module.dense.requires_grad_(True)
+    module.zero_grad()
+    _backward(reducer, module.loss(float(dist.get_rank())))
+    assert module.dense.grad is not None
+    return float(module.dense.grad[0])
+
+
+def test_parameters_unfrozen_by_a_callback_are_reduced(ranks: RankPool) -> None:
+    assert ranks.run(2, unfreeze_later) == [0.5, 0.5]
+
+
+def test_sparse_gradients_are_refused() -> None:
+    module = nn.Embedding(4, 2, sparse=True)
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    with pytest.raises(ConfigError, match="sparse"):
+        _backward(reducer, module(torch.tensor([1])).sum())
+
+
+def test_backward_outside_of_a_step_is_left_alone() -> None:
+    """E.g. a gradient penalty's inner backward."""
+    module = Two(ParallelMesh.single())
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    module.loss(2.0).backward()
+    assert module.dense.grad is not None
+    assert float(module.dense.grad[0]) == 2.0
+    reducer.close()
+
+
+def norm(norm_type: float) -> float:
+    mesh = ParallelMesh.build(ParallelConfig(expert=2))
+    grads: list[tuple[Tensor, str | None]] = [(torch.tensor([3.0, 4.0]), None)]
+    if mesh.rank("expert") == 1:  # the other rank has no expert gradient at all
+        grads.append((torch.tensor([12.0]), "expert"))
+    return float(global_grad_norm(grads, mesh, torch.device("cpu"), norm_type))
+
+
+def test_global_norm_counts_every_parameter_once(ranks: RankPool) -> None:
+    assert ranks.run(4, norm, 2.0) == [13.0] * 4
+    assert ranks.run(4, norm, math.inf) == [12.0] * 4
+    assert ranks.run(4, norm, 1.0) == [19.0] * 4

@@ -1,0 +1,197 @@
+"""Marks of sharded parameters, and initial weights that do not depend on who holds which slice."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import (
+    ShardSpec,
+    replica_axis_of,
+    set_shard_spec,
+    shard_specs,
+    sharded_init_,
+    sharded_parameters,
+)
+from tests.distributed import RankPool
+
+NUM_EXPERTS = 8
+SPEC = ShardSpec("expert", 0, NUM_EXPERTS, (4, 1))
+
+
+class Experts(nn.Module):
+    """Two experts' weights, of which one tensor is marked, beside a dense one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+        self.scale = nn.Parameter(torch.zeros(3))
+        set_shard_spec(self, "weight", SPEC)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3, bias=False), nn.Sequential(Experts()))
+
+
+def uniform_(values: Tensor, generator: torch.Generator) -> None:
+    values.uniform_(-1, 1, generator=generator)
+
+
+def initial_weights(config: ParallelConfig, placement: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor, float]:
+    """This rank's experts, their weights, and the next draw of the default generator."""
+    mesh = ParallelMesh.build(config)
+    local = NUM_EXPERTS // mesh.size("expert")
+    index = placement[mesh.rank("expert") * local :][:local]
+    weight = torch.empty(local, 2, 3)
+    sharded_init_(weight, index, uniform_)
+    return index, weight, torch.rand(()).item()
+
+
+def test_marks_are_found_by_qualified_name() -> None:
+    assert shard_specs(model()) == {"1.0.weight": SPEC}
+    assert shard_specs(Experts()) == {"weight": SPEC}
+    assert shard_specs(nn.Linear(2, 2)) == {}
+
+
+def test_parameters_come_in_order_with_their_marks() -> None:
+    root = model()
+    found = sharded_parameters(root)
+    assert [(name, spec) for name, _, spec in found] == [
+        ("0.weight", None),
+        ("1.0.weight", SPEC),
+        ("1.0.scale", None),
+    ]
+    assert all(parameter is own for (_, parameter, _), own in zip(found, root.parameters(), strict=True))
+
+
+def test_marks_survive_copies_and_files() -> None:
+    root = model()
+    buffer = io.BytesIO()
+    torch.save(root, buffer)
+    buffer.seek(0)
+    for duplicate in (
+        copy.deepcopy(root),
+        pickle.loads(pickle.dumps(root)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert shard_specs(duplicate) == {"1.0.weight": SPEC}
+
+
+def test_marks_of_a_copy_are_its_own() -> None:
+    original = Experts()
+    duplicate = copy.deepcopy(original)
+    set_shard_spec(duplicate, "weight", ShardSpec("expert", 0, NUM_EXPERTS, (0, 1)))
+    assert shard_specs(original) == {"weight": SPEC}
+
+
+def test_marks_survive_new_parameter_objects() -> None:
+    module = Experts()
+    module.weight = nn.Parameter(torch.ones(2, 3))
+    assert [(name, spec) for name, _, spec in sharded_parameters(module)] == [("weight", SPEC), ("scale", None)]
+
+
+@pytest.mark.parametrize("index", [(0, 0), (-1, 2), (0, NUM_EXPERTS)], ids=str)
+def test_positions_must_be_distinct_and_in_range(index: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ShardSpec("expert", 0, NUM_EXPERTS, index)
+    assert (caught.value.field, caught.value.value) == ("shard_spec.index", index)
+
+
+def test_axis_must_exist() -> None:
+    with pytest.raises(ConfigError, match="expert_tensor"):
+        ShardSpec("experts", 0, NUM_EXPERTS, (0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "field"),
+    [
+        ("weights", SPEC, "shard_spec.name"),
+        ("weight", ShardSpec("expert", 0, NUM_EXPERTS, (0, 1, 2)), "shard_spec.index"),
+        ("weight", ShardSpec("expert", 2, NUM_EXPERTS, (0, 1)), "shard_spec.index"),
+        ("weight", ShardSpec("expert", -3, NUM_EXPERTS, (0, 1)), "shard_spec.index"),
+    ],
+    ids=["no such parameter", "other length", "no such dim", "no such negative dim"],
+)
+def test_marks_must_fit_the_parameter(name: str, spec: ShardSpec, field: str) -> None:
+    module = Experts()
+    with pytest.raises(ConfigError) as caught:
+        set_shard_spec(module, name, spec)
+    assert caught.value.field == field
+    assert shard_specs(module) == {"weight": SPEC}
+
+
+def test_a_submodules_parameter_is_marked_there() -> None:
+    with pytest.raises(ConfigError, match="Sequential"):
+        set_shard_spec(model(), "0.weight", SPEC)
+
+
+def test_replicas_of_experts_lie_along_expert_data() -> None:
+    assert replica_axis_of(None) is Axis.DATA_CONTEXT
+    assert replica_axis_of(SPEC) is Axis.EXPERT_DATA
+    assert replica_axis_of(ShardSpec("expert_tensor", 0, 4, (0, 1))) is Axis.EXPERT_DATA
+    assert replica_axis_of(ShardSpec("tensor", 0, 4, (0, 1))) is Axis.DATA_CONTEXT
+
+
+def test_is_whole() -> None:
+    assert ShardSpec("expert", 0, 2, (1, 0)).is_whole
+    assert not SPEC.is_whole
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize(
+    ("world_size", "config"),
+    [
+        (2, ParallelConfig()),
+        (2, ParallelConfig(expert=2)),
+        (4, ParallelConfig(expert=2)),
+        (4, ParallelConfig(expert=4)),
+        (4, ParallelConfig(tensor=2, expert=4)),
+    ],
+    ids=str,
+)
+def test_initial_weights_do_not_depend_on_the_topology(
+    ranks: RankPool, world_size: int, config: ParallelConfig, permuted: bool
+) -> None:
+    torch.manual_seed(0)  # as in the workers
+    whole = torch.empty(NUM_EXPERTS, 2, 3)
+    sharded_init_(whole, range(NUM_EXPERTS), uniform_)
+    next_draw = torch.rand(()).item()
+
+    placement = (3, 7, 0, 5, 6, 2, 1, 4) if permuted else tuple(range(NUM_EXPERTS))
+    held = []
+    for index, weight, draw in ranks.run(world_size, initial_weights, config, placement):
+        assert torch.equal(weight, whole[list(index)])
+        assert draw == next_draw
+        held += index
+    assert set(held) == set(range(NUM_EXPERTS))
+
+
+def test_initial_slices_differ_from_each_other_and_between_calls() -> None:
+    torch.manual_seed(0)
+    first, second = torch.empty(4, 64), torch.empty(4, 64)
+    sharded_init_(first, range(4), uniform_)
+    sharded_init_(second, range(4), uniform_)
+    slices = torch.cat([first, second])
+    # Independent uniform draws: correlation has standard deviation 1/8, equal slices have 1.
+    correlation = torch.corrcoef(slices) - torch.eye(8)
+    assert correlation.abs().max() < 0.6
+
+
+def test_initial_weights_follow_the_default_seed_and_take_the_parameters_dtype() -> None:
+    results = []
+    for seed, dtype in ((0, torch.float32), (0, torch.bfloat16), (1, torch.float32)):
+        torch.manual_seed(seed)
+        parameter = nn.Parameter(torch.empty(2, 5, dtype=dtype))
+        sharded_init_(parameter, (0, 1), uniform_)
+        results.append(parameter.detach())
+    assert torch.equal(results[0].bfloat16(), results[1])
+    assert not torch.equal(results[0], results[2])

@@ -1,0 +1,161 @@
+"""Whole state dicts: what rank 0 assembles is what one process would hold, and it loads anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec
+from lightning_moe.parallel.state import broadcast_replicas, gather_full_state_dict, load_full_state_dict
+from tests.distributed import RankPool
+
+NUM_EXPERTS = 5
+
+WHOLE = {
+    "dense": torch.arange(3.0, dtype=torch.float64),
+    "rows": torch.arange(NUM_EXPERTS * 2.0).view(NUM_EXPERTS, 2),
+    "columns": -torch.arange(NUM_EXPERTS * 2.0).view(2, NUM_EXPERTS).bfloat16(),
+    "count": torch.tensor(7),
+}
+
+
+class Sharded(nn.Module):
+    """A dense parameter and a buffer beside two sharded ones, the second along its last dim."""
+
+    def __init__(self, index: Sequence[int]) -> None:
+        super().__init__()
+        count = len(index)
+        self.dense = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.rows = nn.Parameter(torch.zeros(count, 2))
+        self.columns = nn.Parameter(torch.zeros(2, count, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.tensor(0))
+        set_shard_spec(self, "rows", ShardSpec("expert", 0, NUM_EXPERTS, tuple(index)))
+        set_shard_spec(self, "columns", ShardSpec("expert", -1, NUM_EXPERTS, tuple(index)))
+
+
+def filled(index: Sequence[int]) -> Sharded:
+    """The module that holds the positions ``index`` of WHOLE, filled without the functions under test."""
+    module, positions = Sharded(index), list(index)
+    with torch.no_grad():
+        module.dense.copy_(WHOLE["dense"])
+        module.rows.copy_(WHOLE["rows"][positions])
+        module.columns.copy_(WHOLE["columns"][:, positions])
+        module.get_buffer("count").copy_(WHOLE["count"])
+    return module
+
+
+def local_state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_states_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+
+
+def gather(config: ParallelConfig, placement: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    mesh = ParallelMesh.build(config)
+    return gather_full_state_dict(filled(placement[mesh.rank("expert")]), mesh)
+
+
+def broadcast(config: ParallelConfig, placement: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Fill every tensor with the rank's number, then make replicas equal."""
+    mesh = ParallelMesh.build(config)
+    module = Sharded(placement[mesh.rank("expert")])
+    with torch.no_grad():
+        for value in module.state_dict().values():
+            value.fill_(dist.get_rank())
+    broadcast_replicas(module, mesh)
+    return local_state(module)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "config", "placement"),
+    [
+        (2, ParallelConfig(), [(0, 1, 2, 3, 4)]),
+        (2, ParallelConfig(), [(3, 1, 4, 0, 2)]),
+        (2, ParallelConfig(expert=2), [(0, 1, 2), (3, 4)]),
+        (2, ParallelConfig(expert=2), [(4, 0), (2, 3, 1)]),
+        (2, ParallelConfig(expert=2), [(), (2, 3, 1, 0, 4)]),
+        (4, ParallelConfig(expert=2), [(4, 0), (2, 3, 1)]),
+        (4, ParallelConfig(expert=4), [(4,), (2, 3), (), (1, 0)]),
+    ],
+    ids=str,
+)
+def test_rank_zero_assembles_the_whole_state(
+    ranks: RankPool, world_size: int, config: ParallelConfig, placement: list[tuple[int, ...]]
+) -> None:
+    first, *others = ranks.run(world_size, gather, config, placement)
+    assert_states_equal(first, WHOLE)
+    assert others == [{}] * (world_size - 1)
+
+
+def test_a_world_of_one_puts_positions_in_logical_order() -> None:
+    module = filled((3, 1, 4, 0, 2))
+    state = gather_full_state_dict(module, ParallelMesh.single())
+    assert_states_equal(state, WHOLE)
+    state["dense"].zero_()
+    assert torch.equal(module.dense, WHOLE["dense"])  # the state dict is a copy
+
+
+@pytest.mark.parametrize("index", [(0, 1, 2, 3, 4), (3, 1, 4, 0, 2), (4, 0), ()], ids=str)
+def test_loading_keeps_the_positions_of_the_rank(index: tuple[int, ...]) -> None:
+    module = Sharded(index)
+    parameters = list(module.parameters())
+    load_full_state_dict(module, WHOLE)
+    assert_states_equal(local_state(module), local_state(filled(index)))
+    assert all(new is old for new, old in zip(module.parameters(), parameters, strict=True))
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in WHOLE.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("state", "field", "mentions"),
+    [
+        (without("rows"), "state_dict", "rows"),
+        (WHOLE | {"more": torch.zeros(1)}, "state_dict", "more"),
+        (WHOLE | {"rows": torch.zeros(NUM_EXPERTS + 1, 2)}, "state_dict.rows", "(6, 2)"),
+        (WHOLE | {"rows": torch.zeros(NUM_EXPERTS, 3)}, "state_dict.rows", "(5, 3)"),
+        (WHOLE | {"rows": torch.tensor(1.0)}, "state_dict.rows", "()"),
+        (WHOLE | {"columns": torch.zeros(NUM_EXPERTS)}, "state_dict.columns", "(5,)"),
+        (WHOLE | {"dense": torch.zeros(4)}, "state_dict.dense", "(4,)"),
+    ],
+    ids=["missing", "unknown", "more experts", "other width", "scalar", "vector", "dense"],
+)
+def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, Tensor], field: str, mentions: str) -> None:
+    module = filled((4, 0))
+    before = local_state(module)
+    with pytest.raises(ConfigError) as caught:
+        load_full_state_dict(module, state)
+    assert caught.value.field == field
+    assert mentions in str(caught.value)
+    assert_states_equal(local_state(module), before)
+
+
+def test_replicas_become_equal_and_shards_stay_apart(ranks: RankPool) -> None:
+    placement = [(0, 1, 2), (3, 4)]
+    states = ranks.run(4, broadcast, ParallelConfig(expert=2), placement)
+    for rank, state in enumerate(states):
+        assert {name: value.unique().tolist() for name, value in state.items()} == {
+            "dense": [0],
+            "count": [0],
+            "rows": [rank % 2],  # ranks 0 and 2 hold the same experts, and so do 1 and 3
+            "columns": [rank % 2],
+        }
+
+
+def test_a_world_of_one_has_nothing_to_broadcast() -> None:
+    module = filled((0, 1, 2, 3, 4))
+    broadcast_replicas(module, ParallelMesh.single())
+    assert_states_equal(local_state(module), WHOLE)
