@@ -18,11 +18,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell { cat pyproject.toml $(CONSTRAINTS); echo "$(CONSTRAINTS)"; } | cksum | cut -d' ' -f1)
 
 ifeq ($(strip $(CONSTRAINTS)),)
-# Without a pin pip would replace the machine's own torch by the newest CUDA build.
 VENV_OPTIONS := --system-site-packages
+# Without a torch to keep, pip would fetch gigabytes of the newest CUDA build.
+HAS_TORCH = $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || \
+	{ echo "CONSTRAINTS= keeps the torch that $(PYTHON) has, but it has none"; exit 1; }
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 else
 VENV_OPTIONS :=
+HAS_TORCH := true
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS)
 endif
 
@@ -51,6 +54,7 @@ docs: $(STAMP)
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
+	@$(HAS_TORCH)
 	$(INSTALL) -e '.[chronos,test]'
 	rm -f $(VENV)/.stamp-*
 	touch $@

@@ -51,6 +51,8 @@ _GRACE = 3.0
 class RankFailure(Exception):  # noqa: N818 (a failure of ranks, whatever the error was)
     """A job failed on at least one rank; ``__cause__`` is the exception of the rank that failed first.
 
+    Ranks that communicate with a failed one soon fail as well, with a connection error.
+
     Args:
         errors: Exception of each rank that raised, died (:class:`ChildProcessError`) or hung
             (:class:`TimeoutError`), in the order in which they failed; not of ranks that were stopped because
@@ -278,6 +280,9 @@ def _torchrun_environment(rank: int, world_size: int, port: int, job: int) -> di
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # No rank starts before all are connected: a rank that fails early would otherwise give its peers a
+        # connection error in the middle of their initialisation, and a test the wrong set of errors.
+        "TORCH_DIST_INIT_BARRIER": "1",
         "OMP_NUM_THREADS": "1",
         # Resolving the host's own name can take seconds, or fail, on a machine without network.
         "GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0")),

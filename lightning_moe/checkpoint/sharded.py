@@ -119,14 +119,11 @@ def load_sharded(
         checkpoint["current_model_state"] = {k: _unwrap(v) for k, v in state["current_model_state"].items()}
     groups = checkpoint.pop(_GROUPS, [])
     if optimizers and groups:
-        checkpoint["optimizer_states"] = [
-            number_optimizer_state(
-                optimizer,
-                {"state": unmark_sharded(state[f"optimizer_{i}"]["state"]), "param_groups": groups[i]},
-                module,
-            )
-            for i, optimizer in enumerate(optimizers)
-        ]
+        checkpoint["optimizer_states"] = []
+        for i, optimizer in enumerate(optimizers):
+            named = state.get(f"optimizer_{i}", {"state": {}})["state"]  # absent before the first step
+            whole = {"state": unmark_sharded(named), "param_groups": groups[i]}
+            checkpoint["optimizer_states"].append(number_optimizer_state(optimizer, whole, module))
     return checkpoint
 
 

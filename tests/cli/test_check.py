@@ -227,8 +227,15 @@ MALFORMED = {
     ),
     "odd heads": Bad("      num_heads: 2", "      num_heads: 64 #!", f"{CONFIG}.num_heads", "even", "rotary"),
     "context that is no number of patches": Bad(
-        "      context_length: 144\n      prediction_length: 24\n      patch_length: 12",
-        "      context_length: 144\n      prediction_length: 24\n      patch_length: 12\n      dropout: 1.0 #!",
+        "      context_length: 144",
+        "      context_length: 140 #!",
+        f"{CONFIG}.context_length",
+        "a multiple of patch_length = 12",
+        "132 and 144",
+    ),
+    "dropout of everything": Bad(
+        "      num_heads: 2",
+        "      num_heads: 2\n      dropout: 1.0 #!",
         f"{CONFIG}.dropout",
         "less than 1",
     ),

@@ -16,7 +16,7 @@ def config(**changes: Any) -> MoEConfig:
     return MoEConfig(**({"num_experts": 12, "top_k": 3, "expert_hidden_size": 8, "load_balancing": "global"} | changes))
 
 
-def reversed_order(num_experts: int = 12) -> tuple[int, ...]:
+def shuffled_order(num_experts: int = 12) -> tuple[int, ...]:
     return tuple((5 * slot + 3) % num_experts for slot in range(num_experts))
 
 
@@ -47,9 +47,9 @@ def spread_cases(num_ranks: int, dtype: torch.dtype) -> dict[str, Case]:
         "one token": case([0] * (num_ranks - 1) + [1], dtype=dtype),
         "masked": case(ragged, dtype=dtype, masked=0.5),
         "sequences": case(ragged, dtype=dtype, sequence_length=3, masked=0.3),
-        "placement": case(ragged, {"expert_placement": reversed_order()}, dtype=dtype),
+        "placement": case(ragged, {"expert_placement": shuffled_order()}, dtype=dtype),
         "built whole, then spread": case(
-            ragged, {"expert_placement": reversed_order()}, dtype=dtype, late_sharding=True
+            ragged, {"expert_placement": shuffled_order()}, dtype=dtype, late_sharding=True
         ),
         "loop": case(ragged, {"grouped_gemm": False}, dtype=dtype),
         "shared expert": case(ragged, {"shared_expert_hidden_size": 6, "shared_expert_gate": True}, dtype=dtype),
@@ -85,7 +85,7 @@ def test_float64(ranks: RankPool, num_ranks: int) -> None:
     check(ranks, spread_cases(num_ranks, torch.float64), 1e-12)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_float32(ranks: RankPool, num_ranks: int) -> None:
     check(ranks, spread_cases(num_ranks, torch.float32), 1e-6)
 
@@ -114,7 +114,7 @@ def test_capacity_is_per_rank(ranks: RankPool, policy: str, padded: bool) -> Non
         "drop_policy": policy,
         "pad_to_capacity": padded,
         "load_balancing": "none",
-        "expert_placement": reversed_order(),
+        "expert_placement": shuffled_order(),
     }
     spread = case([9, 0, 6], changes, masked=0.2)
     actual = assemble([results[0] for results in ranks.run(3, run_cases, [spread])])

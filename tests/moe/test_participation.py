@@ -51,7 +51,9 @@ def evaluate(numbers: tuple[int, ...], expert: int, autocast: bool = False) -> t
     model = TwoLayers(mesh).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = [model(batch) for batch in batches(mesh.global_rank, numbers[mesh.global_rank])]
-    served = serve_until_idle(model.moe_layers)
+    # A rank that serves goes by what the others announce, not by its own autocast.
+    with torch.autocast("cpu", torch.bfloat16, enabled=not autocast):
+        served = serve_until_idle(model.moe_layers)
     return outputs, served
 
 

@@ -118,11 +118,12 @@ class Recorder(pl.Callback):
 
 def whole(module: nn.Module, name: str, local: Tensor | None) -> Tensor | None:
     """Assemble a whole tensor from all ranks without the package's own gathering; checks that replicas are equal."""
+    local = None if local is None else local.detach().to("cpu", copy=True)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None if local is None else local.detach().clone()
+        return local
     spec = shard_specs(module).get(name)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (None if spec is None else spec.index, None if local is None else local.detach()))
+    dist.all_gather_object(parts, (None if spec is None else spec.index, local))
     if spec is None:
         for _, part in parts[1:]:
             assert (part is None) == (parts[0][1] is None), f"{name}: only some ranks have a gradient"

@@ -48,6 +48,11 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
     the prefix ``val_`` or ``test_``: ``loss``, ``mase``, ``wql``, ``smape`` and ``coverage`` over all data
     sets, and each of them as ``mase/<data set>``.
 
+    Attributes:
+        model: The :class:`ChronosMoEModel`, once built.
+        scores: The :class:`ForecastScores` of the last evaluation.
+        expert_load: The :class:`ExpertLoad` of the last evaluation; None for a dense model.
+
     Args:
         config: Sizes and loss; the defaults when left out. A mapping (from a checkpoint) is accepted as well.
         optimizer: AdamW and its schedule; the defaults when left out. A mapping is accepted as well.
@@ -66,8 +71,7 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         self.save_hyperparameters({"config": asdict(config), "optimizer": asdict(optimizer)})
         self.model: ChronosMoEModel | None = None
         self.scores: ForecastScores | None = None
-        num_experts = 0 if config.moe is None else config.moe.num_experts
-        self.expert_load = ExpertLoad(config.num_layers if config.moe else 0, num_experts)
+        self.expert_load = None if config.moe is None else ExpertLoad(config.num_layers, config.moe.num_experts)
 
     # ---- building
 
@@ -201,7 +205,8 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         if self.scores is None or self.scores.datasets != names:
             self.scores = ForecastScores(names, self.config.quantiles).to(self.device)
         self.scores.reset()
-        self.expert_load.reset()
+        if self.expert_load is not None:
+            self.expert_load.reset()
 
     def _score(self, batch: Batch) -> None:
         assert self.scores is not None, "Lightning calls the epoch-start hook first"
@@ -214,7 +219,7 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         if self.scores.datasets == _POOLED:
             index = torch.zeros_like(index)
         self.scores.update(quantiles, target, batch["seasonal_error"], index)
-        if output.routing:
+        if self.expert_load is not None:
             self.expert_load.update(torch.stack([routed.tokens_per_expert for routed in output.routing]))
 
     def _log_scores(self, stage: str) -> None:

@@ -108,6 +108,7 @@ def test_scores_are_those_of_the_forecasts(tmp_path: Path) -> None:
     assert predicted is not None
     torch.testing.assert_close(torch.cat(predicted), forecasts.transpose(1, 2), rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
     # Every token with data goes to two experts: 6 patches, [REG] and 2 future tokens per series and layer.
+    assert module.expert_load is not None
     load = module.expert_load.compute()
     assert load.shape == (2, 4)
     assert load.sum(1).tolist() == [8 * 16 * 9 * 2] * 2

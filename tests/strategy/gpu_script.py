@@ -1,0 +1,43 @@
+"""Trains and predicts on GPUs: ``torchrun --nproc_per_node=N -m tests.strategy.gpu_script EXPERT PRECISION OUTPUT``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Subset
+
+from tests.strategy.tiny import Sequences, TinyMoE, train, trainer
+
+DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
+
+
+def predict(world_size: int, expert: int) -> dict[int, Any]:
+    """Predict with Lightning's sampler: 9 samples leave the ranks with different numbers of batches."""
+    run = trainer(world_size, expert, accelerator="gpu")
+    outputs: Any = run.predict(TinyMoE(), DataLoader(Subset(Sequences(64), range(9)), batch_size=4))
+    own = {int(i): out for b in outputs for i, out in zip(b["index"], b["output"], strict=True)}
+    parts: list[Any] = [own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(parts, own)
+    return {index: out for part in parts for index, out in part.items()}
+
+
+def main() -> None:
+    """Run on every rank; rank 0 writes the result."""
+    warnings.filterwarnings("ignore")
+    expert, precision, output = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: dict[str, Any] = {"dtype": DTYPES[precision], "precision": precision, "accelerator": "gpu"}
+    run = train(world_size, expert, steps=6, accumulate=2, gradient_clip_val=0.05, **settings)
+    predictions = predict(world_size, expert) if precision == "32-true" else {}
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save({"run": run, "predictions": predictions}, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The same equality on CUDA with NCCL: one GPU against two or four."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.strategy.tiny import check_equal, relative_error
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(world_size: int, expert: int, precision: str, output: Path) -> dict[str, Any]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
+    command = [sys.executable, *launcher, "-m", "tests.strategy.gpu_script", str(expert), precision, str(output)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    loaded: dict[str, Any] = torch.load(output, weights_only=False)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The reference on one GPU, trained once per precision."""
+    folder = tmp_path_factory.mktemp("single")
+    return cache(lambda precision: _run(1, 0, precision, folder / f"{precision}.pt"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "expert"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("64-true", 1e-11), ("32-true", 1e-4), ("bf16-mixed", 5e-2), ("bf16-true", 5e-2)]
+)
+def test_nccl_equals_one_gpu(
+    single: Callable[[str], dict[str, Any]],
+    precision: str,
+    tolerance: float,
+    world_size: int,
+    expert: int,
+    tmp_path: Path,
+) -> None:
+    """Losses, gradients and weights over six steps with accumulation and clipping; predictions in inference mode."""
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    result, expected = _run(world_size, expert, precision, tmp_path / "ranks.pt"), single(precision)
+    check_equal(result["run"], expected["run"], tolerance)
+    assert result["predictions"].keys() == expected["predictions"].keys()
+    for index, out in result["predictions"].items():
+        assert relative_error(out, expected["predictions"][index]) <= 1e-4
