@@ -6,6 +6,7 @@ look at configuration do not pay for importing torch.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -71,3 +72,9 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "lightning.pytorch" in sys.modules:
+    # ``Trainer(strategy="moe")`` looks the name up in Lightning's registry, which has no entry points. Where Lightning
+    # is loaded already (the usual order of imports) torch is too, and registering costs next to nothing.
+    import_module("lightning_moe.strategy")

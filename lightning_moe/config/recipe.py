@@ -64,6 +64,8 @@ class Recipe:
     """Checkpoint to start from."""
     weights_only: bool | None = None
     """Whether the checkpoint may hold nothing but weights and plain values."""
+    report: bool = False
+    """Whether to test after training and to print the scores beside those of known forecasters."""
 
 
 @dataclass(frozen=True)

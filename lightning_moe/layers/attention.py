@@ -26,9 +26,7 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if num_heads < 1 or hidden_size % (2 * num_heads):
-            raise ConfigError(
-                "num_heads", num_heads, f"a divisor of hidden_size {hidden_size} that gives even heads"
-            )
+            raise ConfigError("num_heads", num_heads, f"a divisor of hidden_size {hidden_size} that gives even heads")
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)

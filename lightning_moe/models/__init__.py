@@ -1,0 +1,1 @@
+"""LightningModules: Chronos-MoE, and the baseline it is compared with."""

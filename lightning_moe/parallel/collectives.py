@@ -75,6 +75,10 @@ def _reduce_scatter(tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tenso
     return out.movedim(0, dim)
 
 
+# Each backward is the opposite collective through its public, differentiable form: calling the plain one instead would
+# make second derivatives (gradient penalties) wrong without an error.
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -86,7 +90,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         output_splits, input_splits = ctx.splits
-        return _exchange(grad, input_splits, output_splits, ctx.group), None, None, None
+        return all_to_all(grad, input_splits, output_splits, ctx.group), None, None, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -97,7 +101,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(grad, ctx.group, ctx.dim), None, None
+        return reduce_scatter(grad, ctx.group, ctx.dim), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -108,4 +112,4 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.group, ctx.dim), None, None
+        return all_gather(grad, ctx.group, ctx.dim), None, None

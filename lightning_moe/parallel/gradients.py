@@ -67,6 +67,7 @@ class _Bucket:
     undo: float
     """What a reduced bucket is multiplied by so that reducing it again leaves it as it is."""
     missing: int = 0
+    issued: bool = False
     reduced: bool = False
     work: dist.Work | None = field(default=None)
 
@@ -111,7 +112,7 @@ class GradientReducer:
                 self._take_grad(slot)
             if bucket.reduced and not all(slot.fresh for slot in bucket.slots):
                 bucket.buffer.mul_(bucket.undo)
-            bucket.reduced = False
+            bucket.reduced = bucket.issued = False
             bucket.missing = len(bucket.slots)
         self._next = 0
         self._armed = True
@@ -190,6 +191,15 @@ class GradientReducer:
             return  # a backward that Lightning does not run, e.g. inside a gradient penalty
         grad = parameter.grad
         assert grad is not None
+        if bucket.issued:
+            # Re-entrant checkpoints run backward passes of their own, so a weight that several of them share arrives
+            # once for each; what arrives after the reduction has begun would be lost on some ranks.
+            raise ConfigError(
+                f"parameter {slot.name}",
+                "gradient that arrives more than once",
+                "one arrival for each backward pass",
+                "use torch.utils.checkpoint with use_reentrant=False",
+            )
         if grad.is_sparse:
             raise ConfigError(
                 f"parameter {slot.name}",
@@ -205,7 +215,7 @@ class GradientReducer:
             parameter.grad = slot.view if grad.dtype == slot.view.dtype else None
         slot.fresh, slot.used = False, True
         if slot.arrived:
-            return  # re-entrant checkpointing reaches a parameter more than once; the bucket goes at the end
+            return
         slot.arrived = True
         bucket.missing -= 1
         # Buckets go strictly in order: ranks may reach parameters in different orders, and collectives that are
@@ -215,6 +225,7 @@ class GradientReducer:
             self._next += 1
 
     def _reduce(self, bucket: _Bucket) -> None:
+        bucket.issued = True
         for slot in bucket.slots:
             if slot.fresh:
                 slot.view.zero_()

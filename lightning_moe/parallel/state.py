@@ -26,9 +26,7 @@ def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, T
     state: dict[str, Tensor] = {}
     for name, value in module.state_dict().items():
         spec = specs.get(name)
-        whole = value if spec is None or spec.is_whole else _gather_tensor(value, spec, mesh)
-        if spec is not None and spec.is_whole:
-            whole = _in_logical_order(value, spec)
+        whole = value if spec is None else _gather_tensor(value, spec, mesh)
         if keep:
             state[name] = whole.detach().to("cpu", copy=True)
     return state
@@ -65,24 +63,26 @@ def local_part(whole: Tensor, spec: ShardSpec | None) -> Tensor:
     """The positions of a whole tensor that a rank with ``spec`` holds; a tensor of another length is returned as is."""
     if spec is None or whole.dim() <= spec.dim or whole.shape[spec.dim] != spec.size:
         return whole
-    return whole.index_select(spec.dim, torch.tensor(spec.index, device=whole.device))
-
-
-def _in_logical_order(value: Tensor, spec: ShardSpec) -> Tensor:
-    order = torch.tensor(spec.index, device=value.device).argsort()
-    return value.index_select(spec.dim, order)
+    return whole.index_select(spec.dim, torch.tensor(spec.index, dtype=torch.int64, device=whole.device))
 
 
 def _gather_tensor(value: Tensor, spec: ShardSpec, mesh: ParallelMesh) -> Tensor:
     """Gather one tensor over its axis; ranks may hold different numbers of positions."""
-    group = mesh.group(spec.axis)
-    assert group is not None, "a mesh without communication cannot hold a part of a tensor"
-    ranks = mesh.size(spec.axis)
-    indices: list[tuple[int, ...]] = [()] * ranks
-    dist.all_gather_object(indices, spec.index, group=group)
+    # Every rank of the axis takes the same path, whatever it holds itself: one that holds all positions still has
+    # peers that wait for it.
     local = value.detach().movedim(spec.dim, 0).contiguous()
-    parts = [local.new_empty((len(index), *local.shape[1:])) for index in indices]
-    dist.all_gather(parts, local, group=group)
+    indices, parts = [spec.index], [local]
+    if mesh.size(spec.axis) > 1:
+        group = mesh.group(spec.axis)
+        assert group is not None, "a mesh without communication cannot hold a part of a tensor"
+        indices = [()] * mesh.size(spec.axis)
+        dist.all_gather_object(indices, spec.index, group=group)
+        # Padded to one length: gloo gathers only equal shapes.
+        padded = local.new_zeros((max(map(len, indices)), *local.shape[1:]))
+        padded[: len(local)] = local
+        gathered = [torch.empty_like(padded) for _ in indices]
+        dist.all_gather(gathered, padded, group=group)
+        parts = [part[: len(index)] for part, index in zip(gathered, indices, strict=True)]
     order = torch.tensor([i for index in indices for i in index], device=value.device)
     whole = local.new_empty((spec.size, *local.shape[1:]))
     whole[order] = torch.cat(parts)

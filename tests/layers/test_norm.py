@@ -19,9 +19,7 @@ def test_equals_definition(dtype: torch.dtype, tolerance: float) -> None:
     x = torch.randn(3, 5, 16, dtype=dtype)
     reference = x.double().numpy()
     reference = (
-        reference
-        / np.sqrt((reference**2).mean(-1, keepdims=True) + 1e-5)
-        * norm.weight.detach().double().numpy()
+        reference / np.sqrt((reference**2).mean(-1, keepdims=True) + 1e-5) * norm.weight.detach().double().numpy()
     )
     out = norm(x)
     assert out.dtype == dtype

@@ -120,6 +120,22 @@ def run_on_strided_and_twice(dim: int, inputs: list[Tensor], weights: list[Tenso
     return loss_and_grad(function, inputs, weights)
 
 
+def second_derivatives(inputs: list[Tensor]) -> list[Tensor]:
+    """Gradient of the sum of squared gradients, for each collective."""
+    world, results = dist.group.WORLD, []
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda x: all_to_all(x, [2, 2], [2, 2], world),
+        lambda x: all_gather(x, world, 1),
+        lambda x: reduce_scatter(x, world),
+    ]
+    for function in functions:
+        leaf = inputs[dist.get_rank()].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf**2).pow(2).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.pow(2).sum(), leaf)
+        results.append(second)
+    return results
+
+
 def run_on_axes_of_size_one() -> bool:
     mesh = ParallelMesh.build(ParallelConfig(expert=2))
     group = mesh.group("tensor")
@@ -217,6 +233,23 @@ def test_gather_and_scatter_of_strided_tensors_used_twice(ranks: RankPool, dim: 
 
     results = ranks.run(2, run_on_strided_and_twice, dim, inputs, weights)
     assert_equal_to(reference(function, inputs, weights), results, rtol=1e-14)
+
+
+def test_second_derivatives(ranks: RankPool) -> None:
+    inputs = [random_tensor(i, 4, WIDTH) for i in range(2)]
+    references: list[Callable[[list[Tensor]], list[Tensor]]] = [
+        lambda xs: exchange(xs, [[2, 2], [2, 2]]),
+        lambda xs: [torch.cat(xs, 1)] * 2,
+        lambda xs: list((xs[0] + xs[1]).chunk(2)),
+    ]
+    results = ranks.run(2, second_derivatives, inputs)
+    for i, function in enumerate(references):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        total = torch.stack([out.pow(2).sum() for out in function([x**2 for x in leaves])]).sum()
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        expected = torch.autograd.grad(torch.stack([grad.pow(2).sum() for grad in grads]).sum(), leaves)
+        for rank in range(2):
+            torch.testing.assert_close(results[rank][i], expected[rank], rtol=1e-13, atol=1e-13)
 
 
 def test_no_group_is_the_identity() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import ConfigError, ParallelConfig, ParallelMesh, ShardSpec, set_shard_spec
 from lightning_moe.parallel.gradients import GradientReducer, global_grad_norm
@@ -159,6 +160,29 @@ def test_sparse_gradients_are_refused() -> None:
     reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
     with pytest.raises(ConfigError, match="sparse"):
         _backward(reducer, module(torch.tensor([1])).sum())
+
+
+def test_reentrant_checkpoints_of_a_shared_weight_are_refused() -> None:
+    """Each of them brings a part of the gradient, and the reduction begins with the first."""
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+    reducer = GradientReducer(shared, ParallelMesh.single(), 1)
+    x = torch.ones(2, 4, requires_grad=True)
+    for _ in range(2):
+        x = checkpoint(shared, x, use_reentrant=True)
+    with pytest.raises(ConfigError, match="use_reentrant=False"):
+        _backward(reducer, x.sum())
+    shared.zero_grad()
+    x = torch.ones(2, 4, requires_grad=True)
+    for _ in range(2):
+        x = checkpoint(shared, x, use_reentrant=False)
+    _backward(reducer, x.sum())
+    ours = [parameter.grad.clone() for parameter in shared.parameters() if parameter.grad is not None]
+    reducer.close()
+    shared.zero_grad()
+    shared(shared(torch.ones(2, 4))).sum().backward()
+    for grad, parameter in zip(ours, shared.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad)
 
 
 def test_backward_outside_of_a_step_is_left_alone() -> None:

@@ -33,7 +33,8 @@ def main() -> None:
     expert, precision, output = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings: dict[str, Any] = {"dtype": DTYPES[precision], "precision": precision, "accelerator": "gpu"}
-    run = train(world_size, expert, steps=6, accumulate=2, gradient_clip_val=0.05, **settings)
+    steps = 1 if "bf16" in precision else 6
+    run = train(world_size, expert, steps=steps, accumulate=2, gradient_clip_val=0.05, **settings)
     predictions = predict(world_size, expert) if precision == "32-true" else {}
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save({"run": run, "predictions": predictions}, output)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -198,18 +199,15 @@ def _forecast_batch(model: ChronosMoEModel, series: Sequence[Tensor], prediction
     return torch.cat(rounds, dim=-1)[..., :prediction_length].to("cpu", torch.float64)
 
 
-class _eval_mode:  # noqa: N801 - used like a function
-    """Context in which a module is in eval mode, with the mode of every submodule restored after it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._modes = {part: part.training for part in module.modules()}
-        self._module = module
-
-    def __enter__(self) -> None:
-        self._module.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        for part, training in self._modes.items():
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and restore the mode of every submodule afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
             part.training = training
 
 

@@ -1,0 +1,96 @@
+"""How evenly the router spreads tokens over the experts while a model trains."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_moe.moe.layer import MoELayer
+from lightning_moe.parallel.mesh import ParallelMesh
+
+
+class ExpertLoad(Callback):
+    """Logs, for each :class:`~lightning_moe.MoELayer` of any model, how unevenly its experts are used.
+
+    The logged figures are ``expert_load/<layer>/busiest`` and ``.../idlest``, the shares of all choices that fell on
+    the most and the least used expert, and ``.../imbalance``, the choices of the busiest expert over the mean (1 is
+    perfect balance). ``<layer>`` counts the layers from 0. They cover every training batch of every rank since they
+    were last logged, once in ``Trainer(log_every_n_steps=...)`` optimizer steps; in between counts are only added up
+    on the device.
+    """
+
+    def __init__(self) -> None:
+        self._counts: list[Tensor] = []
+        self._handles: list[RemovableHandle] = []
+        self._reported_step = 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._detach()
+        layers = [module for module in pl_module.modules() if isinstance(module, MoELayer)]
+        self._counts = [
+            torch.zeros(layer.config.num_experts, dtype=torch.int64, device=pl_module.device) for layer in layers
+        ]
+        self._handles = [
+            layer.register_forward_hook(partial(self._count, counts))
+            for layer, counts in zip(layers, self._counts, strict=True)
+        ]
+        self._reported_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # While gradients accumulate the step stands still, and one step is to be reported once.
+        if not self._counts or not every or step % every or step == self._reported_step:
+            return
+        self._reported_step = step
+        everywhere = _sum_over_data_ranks(trainer, torch.cat(self._counts))
+        for layer, counts in enumerate(everywhere.split([len(counts) for counts in self._counts])):
+            pl_module.log_dict({f"expert_load/{layer}/{name}": value for name, value in _figures(counts).items()})
+        for counts in self._counts:
+            counts.zero_()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    @staticmethod
+    def _count(counts: Tensor, layer: nn.Module, args: Any, output: Any) -> None:
+        if layer.training:
+            counts.add_(output[1].tokens_per_expert)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._counts = [], []
+
+
+def _figures(counts: Tensor) -> dict[str, Tensor]:
+    shares = counts / counts.sum().clamp(min=1)
+    return {"busiest": shares.max(), "idlest": shares.min(), "imbalance": shares.max() * len(shares)}
+
+
+def _sum_over_data_ranks(trainer: pl.Trainer, counts: Tensor) -> Tensor:
+    """Sum over the ranks that saw different tokens; a collective call."""
+    mesh = getattr(trainer.strategy, "mesh", None)
+    if isinstance(mesh, ParallelMesh):
+        group = mesh.group("data_context")
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        return counts
+    total: Tensor = trainer.strategy.reduce(counts, reduce_op="sum")
+    return total
