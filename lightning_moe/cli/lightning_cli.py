@@ -1,8 +1,176 @@
-"""bare"""
-from lightning.pytorch.cli import LightningCLI
-import lightning_moe.strategy
-class C(LightningCLI):
-    def add_arguments_to_parser(self, parser):
-        parser.add_argument("--report", type=bool, default=False, help="x")
-def run(argv):
-    cli = C(args=list(argv), save_config_kwargs={"overwrite": True})
+"""``lightning-moe fit|validate|test|predict``: LightningCLI with our strategy, our errors and a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from typing_extensions import override
+
+import lightning_moe.strategy  # noqa: F401 (registers the strategy names "moe", "moe_spawn" and "moe_fork")
+from lightning_moe.cli.report import ForecastReport, Summary, print_summary
+from lightning_moe.cli.report.callback import SUMMARY_NAME, check_reportable
+from lightning_moe.errors import ConfigError
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI with one more key in a recipe, ``report``; parsing, building and running happen in ``__init__``.
+
+    Attributes:
+        outcome: Figures of the command for ``--json``, complete on rank 0 of commands without a report.
+        summary_path: The summary that a report has written; None without a report.
+    """
+
+    outcome: dict[str, Any]
+    summary_path: Path | None = None
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=False,
+            help="Whether fit and test print the holdout scores beside those of known forecasters.",
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # LightningCLI warns when it is given arguments while the process has some as well. Here they are the same.
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        if self._reports:
+            check_reportable(self.model, self.datamodule)  # before the training, not after it
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; then test the best checkpoint and report on it, if the recipe asks for a report."""
+        folder = self._run_folder()
+        started = time.perf_counter()
+        self.trainer.fit(**kwargs)
+        seconds = time.perf_counter() - started
+        self._note("fit", seconds)
+        if self._reports:
+            saved = self.trainer.checkpoint_callback
+            best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
+            self._test_and_report("fit", folder, best or None, seconds, model=self.model, datamodule=self.datamodule)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Run the validation set."""
+        started = time.perf_counter()
+        self.trainer.validate(**kwargs)
+        self._note("validate", time.perf_counter() - started)
+
+    def test(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Run the test set, and report on it if the recipe asks for a report."""
+        if self._reports:
+            self._test_and_report("test", self._run_folder(), ckpt_path, None, **kwargs)
+            return
+        started = time.perf_counter()
+        self.trainer.test(ckpt_path=ckpt_path, **kwargs)
+        self._note("test", time.perf_counter() - started)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Run the prediction set; a callback such as ``BasePredictionWriter`` keeps what comes out."""
+        started = time.perf_counter()
+        self.trainer.predict(**kwargs)
+        self._note("predict", time.perf_counter() - started)
+
+    @property
+    def _reports(self) -> bool:
+        return self.subcommand in ("fit", "test") and bool(self._get(self.config, "report"))
+
+    def _run_folder(self) -> Path:
+        """The folder of this run; asked for before ranks start, so that all of them use the same version number."""
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir).resolve()
+
+    def _test_and_report(
+        self, command: str, folder: Path, checkpoint: str | None, seconds: float | None, **kwargs: Any
+    ) -> None:
+        self.trainer.callbacks.append(ForecastReport(command, checkpoint, seconds))  # type: ignore[attr-defined]
+        self.trainer.test(**kwargs | {"ckpt_path": checkpoint, "verbose": False})
+        self.summary_path = folder / SUMMARY_NAME
+
+    def _note(self, command: str, seconds: float) -> None:
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        self.outcome = {
+            "command": command,
+            "seconds": seconds,
+            "world_size": self.trainer.world_size,
+            "metrics": {name: value if math.isfinite(value) else None for name, value in sorted(metrics.items())},
+        }
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command of the Trainer and print what came of it on rank 0.
+
+    Args:
+        argv: The command and its options; ``--json`` prints one JSON object as the last line.
+
+    Returns:
+        The exit code: 0, or 2 when a setting was refused.
+    """
+    _quieten()
+    as_json = "--json" in argv
+    try:
+        cli = TrainerCLI(
+            args=[argument for argument in argv if argument != "--json"],
+            # A second run in the same folder overwrites the recipe of the first, as it does its logs.
+            save_config_kwargs={"overwrite": True},
+        )
+    except ConfigError as problem:
+        return _refuse(problem)
+    if cli.trainer.is_global_zero:
+        _print_outcome(cli, as_json)
+    return 0
+
+
+def _print_outcome(cli: TrainerCLI, as_json: bool) -> None:
+    if cli.summary_path is None:
+        if as_json:
+            print(json.dumps(cli.outcome), flush=True)
+        return
+    summary = Summary.read(cli.summary_path)
+    # In a file or a pipe there is no width to fit into, and rich would assume 80 columns.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console.print()
+    print_summary(summary, console)
+    print(summary.as_json() if as_json else f"summary: {cli.summary_path}", flush=True)
+
+
+def _refuse(problem: ConfigError) -> int:
+    """Tell the user once, whichever ranks have refused."""
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    if rank:
+        # Most problems are found by all ranks, and rank 0 tells them. It also has to leave first: once a rank that it
+        # started has failed, Lightning kills rank 0 at the next look, before it could tell.
+        parent = os.getppid()
+        time.sleep(3.0)
+        if os.getppid() != parent:
+            return 2
+    print(f"rank {rank}: {problem}" if rank else str(problem), file=sys.stderr, flush=True)
+    return 2
+
+
+def _quieten() -> None:
+    """Leave out what tells the user nothing that they could act on."""
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*treespec, LeafSpec",  # Lightning calls torch's deprecated API itself
+        r".*does not have many workers",  # a batch of windows takes a millisecond
+    ):
+        warnings.filterwarnings("ignore", message=message)

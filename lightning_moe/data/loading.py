@@ -89,7 +89,7 @@ class ResumableDataLoader(DataLoader[ForecastBatch]):
         if not isinstance(sampler, EpochSampler):  # overfit_batches replaces the sampler
             yield from super().__iter__()
             return
-        self._epoch, self._batches, self.skipped = sampler.epoch, 0, sampler.skip
+        self._epoch, self._batches, self._skipped = sampler.epoch, 0, sampler.skip
         for batch in super().__iter__():
             self._batches += 1
             yield batch
@@ -99,7 +99,7 @@ class ResumableDataLoader(DataLoader[ForecastBatch]):
         if not isinstance(self.sampler, EpochSampler):
             return {}
         assert self.batch_size is not None
-        taken = self.skipped + self._batches * self.batch_size * self.sampler.num_replicas
+        taken = self._skipped + self._batches * self.batch_size * self.sampler.num_replicas
         return {"epoch": self._epoch, "samples": taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,4 +107,4 @@ class ResumableDataLoader(DataLoader[ForecastBatch]):
         if state_dict and isinstance(self.sampler, EpochSampler):
             self.sampler.resume(state_dict["epoch"], state_dict["samples"])
             # A checkpoint may be written again before the first batch.
-            self._epoch, self._batches, self.skipped = self.sampler.epoch, 0, self.sampler.skip
+            self._epoch, self._batches, self._skipped = self.sampler.epoch, 0, self.sampler.skip

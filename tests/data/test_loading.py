@@ -55,6 +55,11 @@ def first_of(batches: list[torch.Tensor]) -> list[int]:
     return [int(batch.min()) for batch in batches]
 
 
+def test_state_before_the_first_batch() -> None:
+    """A checkpoint may be written before any batch is drawn, e.g. by the learning-rate finder."""
+    assert loader().state_dict() == {"epoch": 0, "samples": 0}
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_resumes_at_the_next_sample_on_another_number_of_ranks(num_replicas: int, num_workers: int) -> None:

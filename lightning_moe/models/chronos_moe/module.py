@@ -225,7 +225,8 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
     def _log_scores(self, stage: str) -> None:
         assert self.scores is not None
         for name, value in self.scores.compute().items():
-            self.log(f"{stage}_{name}", value.float(), prog_bar=name in ("mase", "wql"))
+            # Equal on all ranks already; sync_dist only keeps Lightning from warning about each of them.
+            self.log(f"{stage}_{name}", value.float(), prog_bar=name in ("mase", "wql"), sync_dist=True)
 
     def _original_units(self, output: ChronosMoEOutput, scale: Tensor) -> Tensor:
         return self.network().denormalize(output).double() * scale.double()[:, None, None]
