@@ -1,7 +1,8 @@
 """Optimizer state between its two forms: numbered by position (torch) and keyed by parameter name (files).
 
-Positions mean nothing on another topology; names do. A state tensor with its parameter's shape (``exp_avg``) is sharded
-like the parameter, any other value (``step``) is the same everywhere.
+Positions mean nothing on another topology; names do. A state tensor with as many dims as its parameter and the same
+length along the sharded one (``exp_avg``, Adafactor's ``row_var``) is sharded like the parameter; values of one element
+(``step``) are the same everywhere.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lightning_moe.checkpoint.shards import LogicalShard, whole_shape
+from lightning_moe.checkpoint.shards import LogicalShard
 from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.sharding import sharded_parameters
+from lightning_moe.parallel.sharding import ShardSpec, sharded_parameters
 from lightning_moe.parallel.state import local_part
 
 NamedState = dict[str, dict[str, Any]]
@@ -60,18 +61,40 @@ def number_optimizer_state(optimizer: Optimizer, named: Mapping[str, Any], modul
 
 
 def mark_sharded(state: NamedState, module: nn.Module) -> NamedState:
-    """Wrap the tensors that are sharded like their parameter for DCP."""
-    marked: NamedState = {}
+    """Wrap the tensors that are sharded like their parameter for DCP.
+
+    Raises:
+        ConfigError: A value of a sharded parameter differs between ranks in a way that no file can hold.
+    """
     parameters = {name: (parameter, spec) for name, parameter, spec in sharded_parameters(module)}
+    marked: NamedState = {}
     for name, values in state.items():
         parameter, spec = parameters[name]
-        marked[name] = {
-            key: LogicalShard.wrap(value, spec)
-            if spec is not None and isinstance(value, Tensor) and value.shape == parameter.shape
-            else value
-            for key, value in values.items()
-        }
+        marked[name] = dict(values) if spec is None else _mark(name, values, parameter, spec)
     return marked
+
+
+def _mark(name: str, values: Mapping[str, Any], parameter: Tensor, spec: ShardSpec) -> dict[str, Any]:
+    marked = dict(values)
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            continue
+        if _follows(tuple(value.shape), parameter, spec.dim, len(spec.index)):
+            marked[key] = LogicalShard.wrap(value, spec)
+        elif value.numel() != 1:
+            # Saved as a replicated value, it would be one rank's, and the others would lose theirs without an error.
+            raise ConfigError(
+                f"optimizer state {key!r} of {name}",
+                tuple(value.shape),
+                f"one value, or {len(spec.index)} along dim {spec.dim} as in the parameter {tuple(parameter.shape)}",
+                "this optimizer mixes the experts of a rank; use one that treats them separately",
+            )
+    return marked
+
+
+def _follows(shape: tuple[int, ...], parameter: Tensor, dim: int, length: int) -> bool:
+    """Whether a state tensor of this shape is sharded like its parameter, of which ``length`` positions are meant."""
+    return len(shape) == parameter.dim() and shape[dim] == length
 
 
 def unmark_sharded(state: NamedState) -> NamedState:
@@ -87,7 +110,7 @@ def cut_state(state: NamedState, module: nn.Module) -> NamedState:
     cut: NamedState = {}
     for name, parameter, spec in sharded_parameters(module):
         for key, value in state.get(name, {}).items():
-            sharded = isinstance(value, Tensor) and value.shape == whole_shape(parameter, spec)
+            sharded = isinstance(value, Tensor) and value.dim() == parameter.dim()
             cut.setdefault(name, {})[key] = local_part(value, spec) if sharded else value
     return cut
 
@@ -113,8 +136,10 @@ def empty_state(section: str, optimizer: Optimizer, metadata: Metadata, module: 
         values = state.setdefault(name, {})
         if not isinstance(entry, TensorStorageMetadata):
             values[field] = None  # DCP puts the object that it reads here
-        elif spec is not None and tuple(entry.size) == whole_shape(parameter, spec):
-            empty = torch.empty(parameter.shape, dtype=entry.properties.dtype, device=parameter.device)
+        elif spec is not None and _follows(tuple(entry.size), parameter, spec.dim, spec.size):
+            shape = list(entry.size)
+            shape[spec.dim] = len(spec.index)
+            empty = torch.empty(shape, dtype=entry.properties.dtype, device=parameter.device)
             values[field] = LogicalShard.wrap(empty, spec)
         else:
             values[field] = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -122,6 +147,19 @@ def empty_state(section: str, optimizer: Optimizer, metadata: Metadata, module: 
 
 
 def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
-    """Name of the parameter at each position of the optimizer."""
+    """Name of the parameter at each position of the optimizer.
+
+    Raises:
+        ConfigError: A parameter is not the module's.
+    """
     names = {parameter: name for name, parameter in module.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if parameter not in names:
+            raise ConfigError(
+                f"{type(optimizer).__name__}.param_groups",
+                f"a parameter of shape {tuple(parameter.shape)}",
+                "parameters of the LightningModule",
+                "assign it to an attribute of the module, or keep lists of them in an nn.ParameterList",
+            )
+    return [names[parameter] for parameter in parameters]

@@ -32,11 +32,14 @@ from lightning_moe.checkpoint.optimizer_state import (
 )
 from lightning_moe.checkpoint.shards import LogicalShard, to_logical, whole_shape
 from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.sharding import ShardSpec, shard_specs
+from lightning_moe.parallel.sharding import ShardSpec, state_dict_specs
 from lightning_moe.parallel.state import local_part
 
 META_FILENAME = "meta.pt"
 _MODEL = "model"
+_SECTIONS = {"state_dict": _MODEL, "current_model_state": "current_model_state"}
+_OBJECTS = "objects_of_"
+"""Prefix of what a state dict holds besides tensors (``get_extra_state``): rank 0's is kept in ``meta.pt``."""
 _GROUPS = "optimizer_param_groups"
 
 
@@ -63,19 +66,21 @@ def save_sharded(
         optimizers: Optimizers the states belong to.
         writes_meta: Whether this rank writes ``meta.pt``; exactly one rank must.
     """
-    specs = shard_specs(module)
+    specs = state_dict_specs(module)
     rest = dict(checkpoint)
     state: dict[str, Any] = {}
-    for key, section in (("state_dict", _MODEL), ("current_model_state", "current_model_state")):
+    for key, section in _SECTIONS.items():
         if key in rest:
-            state[section] = {name: to_logical(name, value, specs) for name, value in rest.pop(key).items()}
-    groups = []
-    for i, (optimizer, local) in enumerate(zip(optimizers, rest.pop("optimizer_states", []), strict=False)):
-        named = name_optimizer_state(optimizer, local, module)
-        groups.append(named["param_groups"])
-        state[f"optimizer_{i}"] = {"state": mark_sharded(named["state"], module)}
-    if groups:
-        rest[_GROUPS] = groups
+            values = rest.pop(key)
+            state[section] = {name: to_logical(v, specs.get(name)) for name, v in values.items() if _is_tensor(v)}
+            if objects := {name: v for name, v in values.items() if not _is_tensor(v)}:
+                rest[_OBJECTS + key] = objects
+    if "optimizer_states" in rest:
+        rest[_GROUPS] = []
+        for i, (optimizer, local) in enumerate(zip(optimizers, rest.pop("optimizer_states"), strict=False)):
+            named = name_optimizer_state(optimizer, local, module)
+            rest[_GROUPS].append(named["param_groups"])
+            state[f"optimizer_{i}"] = {"state": mark_sharded(named["state"], module)}
     path.mkdir(parents=True, exist_ok=True)
     dcp_save(state, checkpoint_id=path)
     if writes_meta:
@@ -83,7 +88,12 @@ def save_sharded(
 
 
 def load_sharded(
-    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], *, weights_only: bool | None = None
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    weights_only: bool | None = None,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Read this rank's part of a sharded directory as a Lightning checkpoint dictionary; a collective call.
 
@@ -92,6 +102,7 @@ def load_sharded(
         module: Module with this rank's parameters; only names, shapes and ShardSpecs are used.
         optimizers: Optimizers whose local state is wanted; empty for evaluation.
         weights_only: As in :func:`torch.load`, for ``meta.pt``; None means True.
+        strict: Whether the checkpoint must hold exactly the module's names; otherwise what both have is read.
 
     Returns:
         Lightning's dictionary with local tensors, as if this topology had saved it.
@@ -100,26 +111,36 @@ def load_sharded(
         ConfigError: The checkpoint holds other parameters than the module, or ``meta.pt`` holds unsafe objects.
     """
     metadata = FileSystemReader(path).read_metadata()
-    specs = shard_specs(module)
-    template = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    _check_names(path, metadata, template, specs)
+    specs = state_dict_specs(module)
+    template = {name: value for name, value in module.state_dict().items() if _is_tensor(value)}
+    _check_names(path, metadata, template, specs, strict)
     state: dict[str, Any] = {}
-    sections = {metadata.planner_data[key][0] for key in metadata.state_dict_metadata}
-    for section in (_MODEL, "current_model_state"):
-        if section in sections:
-            state[section] = {name: to_logical(name, value.clone(), specs) for name, value in template.items()}
+    saved: dict[str, set[str]] = {}
+    for key in metadata.state_dict_metadata:
+        section, *names = metadata.planner_data[key]
+        saved.setdefault(section, set()).update(map(str, names[:1]))
+    for section in _SECTIONS.values():
+        if section in saved:
+            state[section] = {
+                name: to_logical(torch.empty_like(value), specs.get(name))
+                for name, value in template.items()
+                if name in saved[section]
+            }
     for i, optimizer in enumerate(optimizers):
-        if f"optimizer_{i}" in sections:
+        if f"optimizer_{i}" in saved:
             state[f"optimizer_{i}"] = {"state": empty_state(f"optimizer_{i}", optimizer, metadata, module)}
     dcp_load(state, checkpoint_id=path)
 
     checkpoint = _load_meta(path, weights_only)
-    checkpoint["state_dict"] = {name: _unwrap(value) for name, value in state[_MODEL].items()}
-    if "current_model_state" in state:
-        checkpoint["current_model_state"] = {k: _unwrap(v) for k, v in state["current_model_state"].items()}
-    groups = checkpoint.pop(_GROUPS, [])
-    if optimizers and groups:
+    for key, section in _SECTIONS.items():
+        objects = checkpoint.pop(_OBJECTS + key, {})
+        if section in saved or objects or section == _MODEL:
+            checkpoint[key] = {name: _unwrap(value) for name, value in state.get(section, {}).items()} | objects
+    groups = checkpoint.pop(_GROUPS, None)
+    if groups is not None:
         checkpoint["optimizer_states"] = []
+        if optimizers and len(optimizers) != len(groups):
+            raise ConfigError("configure_optimizers", f"{len(optimizers)} optimizers", f"{len(groups)}, as in {path}")
         for i, optimizer in enumerate(optimizers):
             named = state.get(f"optimizer_{i}", {"state": {}})["state"]  # absent before the first step
             whole = {"state": unmark_sharded(named), "param_groups": groups[i]}
@@ -136,17 +157,20 @@ def localize(checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence
         module: Module with this rank's parameters.
         optimizers: Optimizers whose local state is wanted; empty for evaluation.
     """
-    specs = shard_specs(module)
+    specs = state_dict_specs(module)
     checkpoint = dict(checkpoint)
-    checkpoint["state_dict"] = {name: local_part(v, specs.get(name)) for name, v in checkpoint["state_dict"].items()}
+    for key in _SECTIONS:
+        if key in checkpoint:
+            whole = checkpoint[key] | checkpoint.pop(_OBJECTS + key, {})
+            checkpoint[key] = {name: local_part(value, specs.get(name)) for name, value in whole.items()}
     groups = checkpoint.pop(_GROUPS, None)
     if optimizers and "optimizer_states" in checkpoint:
         states = []
-        for i, (optimizer, whole) in enumerate(zip(optimizers, checkpoint["optimizer_states"], strict=True)):
+        for i, (optimizer, numbered) in enumerate(zip(optimizers, checkpoint["optimizer_states"], strict=True)):
             named = (
-                name_optimizer_state(optimizer, whole, module)
+                name_optimizer_state(optimizer, numbered, module)
                 if groups is None
-                else {"state": whole["state"], "param_groups": groups[i]}
+                else {"state": numbered["state"], "param_groups": groups[i]}
             )
             named["state"] = cut_state(named["state"], module)
             states.append(number_optimizer_state(optimizer, named, module))
@@ -173,7 +197,7 @@ def _load_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
 
 
 def _check_names(
-    path: Path, metadata: Metadata, template: Mapping[str, Tensor], specs: Mapping[str, ShardSpec]
+    path: Path, metadata: Metadata, template: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], strict: bool
 ) -> None:
     """Compare names and whole shapes with the file's before anything is read, so that the message can name them."""
     saved = {
@@ -182,6 +206,8 @@ def _check_names(
         if metadata.planner_data[key][0] == _MODEL
     }
     missing, unknown = sorted(template.keys() - saved.keys()), sorted(saved.keys() - template.keys())
+    if not strict:
+        missing = unknown = []
     differing = [
         f"{name}: {tuple(entry.size)} in the file, {whole_shape(template[name], specs.get(name))} in the model"
         for name, entry in saved.items()
@@ -196,6 +222,10 @@ def _check_names(
             "a checkpoint of a model with the same parameters",
             f"missing in the file: {missing}; unknown to the model: {unknown}; other shapes: {differing}",
         )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _unwrap(value: Any) -> Any:

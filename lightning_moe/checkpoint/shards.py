@@ -76,10 +76,9 @@ class LogicalShard(Tensor):
         return self.local.narrow(self.spec.dim, start, stop - start)
 
 
-def to_logical(name: str, value: Any, specs: dict[str, ShardSpec]) -> Any:
-    """Wrap ``value`` if ``name`` is sharded; other values pass unchanged."""
-    spec = specs.get(name)
-    return LogicalShard.wrap(value, spec) if spec is not None and isinstance(value, Tensor) else value
+def to_logical(local: Tensor, spec: ShardSpec | None) -> Tensor:
+    """Wrap a tensor that is sharded; others pass unchanged."""
+    return local if spec is None else LogicalShard.wrap(local, spec)
 
 
 def whole_shape(local: Tensor, spec: ShardSpec | None) -> tuple[int, ...]:

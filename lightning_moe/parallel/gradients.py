@@ -90,9 +90,13 @@ class GradientReducer:
         self._next = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._buckets: list[_Bucket] = []
-        self._bucket_of: dict[nn.Parameter, _Bucket] = {}
         self._slots: dict[nn.Parameter, _Slot] = {}
         self._build()
+
+    @property
+    def armed(self) -> bool:
+        """Whether a backward pass is prepared or under way."""
+        return self._armed
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -103,10 +107,11 @@ class GradientReducer:
         finally:
             self._sync = before
 
+    @torch.no_grad()
     def arm(self) -> None:
         """Prepare for a backward pass; call :meth:`finish` at its end."""
         if any(p.requires_grad and p not in self._slots for p in self._module.parameters()):
-            self._build()  # a callback has unfrozen parameters
+            self._build()  # parameters have been unfrozen
         for bucket in self._buckets:
             for slot in bucket.slots:
                 self._take_grad(slot)
@@ -117,6 +122,7 @@ class GradientReducer:
         self._next = 0
         self._armed = True
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Reduce what is left, wait for all buckets and hand the gradients out. Does nothing unless armed."""
         if not self._armed:
@@ -132,15 +138,15 @@ class GradientReducer:
         """Detach from the parameters; their gradients stay as they are."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._buckets, self._bucket_of, self._slots = [], [], {}, {}
+        self._handles, self._buckets, self._slots = [], [], {}
 
     def _build(self) -> None:
-        self.close()
+        """Add buckets for trainable parameters that have none; a parameter keeps its bucket when it is frozen."""
         open_buckets: dict[tuple[Axis, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         closed = []
         # Backward reaches the last layers first, so buckets filled in reverse order complete in the order of creation.
         for name, parameter, spec in reversed(sharded_parameters(self._module)):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or parameter in self._slots:
                 continue
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             key = (replica_axis_of(spec), dtype, parameter.device)
@@ -153,7 +159,6 @@ class GradientReducer:
             self._buckets.append(bucket)
             for slot in bucket.slots:
                 self._slots[slot.parameter] = slot
-                self._bucket_of[slot.parameter] = bucket
                 hook = partial(self._on_grad, slot, bucket)
                 self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
 
@@ -164,7 +169,7 @@ class GradientReducer:
         buffer = torch.zeros(elements + len(members), dtype=dtype, device=device)
         views = buffer[:elements].split([parameter.numel() for _, parameter in members])
         slots = [
-            _Slot(name, parameter, view.view(parameter.shape))
+            _Slot(name, parameter, view.as_strided(parameter.shape, _dense_stride(parameter)))
             for (name, parameter), view in zip(members, views, strict=True)
         ]
         replicas, data_ranks = self._mesh.size(axis), self._mesh.size(Axis.DATA_CONTEXT)
@@ -176,9 +181,10 @@ class GradientReducer:
         grad = slot.parameter.grad
         slot.arrived = False
         slot.fresh = grad is None
+        slot.used = grad is not None
         if grad is None:
-            slot.used = False
-        elif grad.dtype != slot.view.dtype:
+            return
+        if grad.dtype != slot.view.dtype:
             if grad is not slot.copy or grad._version != slot.copy_version:
                 slot.view.copy_(grad)  # somebody has changed it, e.g. zero_grad(set_to_none=False)
             slot.parameter.grad = slot.copy = None
@@ -186,6 +192,7 @@ class GradientReducer:
             slot.view.copy_(grad)
             slot.parameter.grad = slot.view
 
+    @torch.no_grad()  # with create_graph=True hooks run in grad mode
     def _on_grad(self, slot: _Slot, bucket: _Bucket, parameter: Tensor) -> None:
         if not self._armed:
             return  # a backward that Lightning does not run, e.g. inside a gradient penalty
@@ -245,7 +252,7 @@ class GradientReducer:
             bucket.reduced = True
             if not all(slot.used for slot in bucket.slots):  # reading the flags waits for the device: only if needed
                 for slot, flag in zip(bucket.slots, bucket.flags.tolist(), strict=True):
-                    slot.used = flag > 0
+                    slot.used = abs(flag) > 0  # a complex bucket has complex flags
         for slot in bucket.slots:
             if not slot.used:
                 slot.parameter.grad = None
@@ -254,6 +261,14 @@ class GradientReducer:
             else:
                 slot.parameter.grad = slot.copy = slot.view.to(slot.parameter.dtype)
                 slot.copy_version = slot.copy._version
+
+
+def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
+    """The strides that autograd gives the parameter's gradient.
+
+    Fused optimizers walk through parameter and gradient in memory order, and some do not check that both have the same.
+    """
+    return torch.empty_like(parameter, device="meta", memory_format=torch.preserve_format).stride()
 
 
 def global_grad_norm(
@@ -274,11 +289,11 @@ def global_grad_norm(
     reduce_op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
     dtype = torch.float32
     for grad, _ in grads:
-        dtype = torch.promote_types(dtype, grad.dtype)
+        dtype = torch.promote_types(dtype, grad.dtype.to_real())
     total = torch.zeros((), dtype=dtype, device=device)
     # The same axes on every rank, whatever gradients it has: otherwise the all-reduces would not match.
     for axis in (None, Axis.EXPERT, Axis.EXPERT_TENSOR):
-        own = [grad for grad, sharded_over in grads if sharded_over == axis]
+        own = [grad.abs() if grad.is_complex() else grad for grad, sharded_over in grads if sharded_over == axis]
         norms = torch.stack(torch._foreach_norm(own, norm_type, dtype)) if own else torch.zeros(1, dtype=dtype)
         part = norms.to(device, dtype)
         part = part.max() if largest else part.pow(norm_type).sum()

@@ -71,9 +71,12 @@ def set_shard_spec(module: nn.Module, name: str, spec: ShardSpec) -> None:
 
 
 def shard_specs(root: nn.Module) -> dict[str, ShardSpec]:
-    """The spec of every marked parameter under ``root``, by fully qualified name."""
+    """The spec of every marked parameter under ``root``, by each of its fully qualified names.
+
+    A module used in several places has several names, and ``state_dict`` lists its parameters under all of them.
+    """
     found: dict[str, ShardSpec] = {}
-    for prefix, module in root.named_modules():
+    for prefix, module in root.named_modules(remove_duplicate=False):
         for name, spec in module.__dict__.get(_SPECS_ATTRIBUTE, {}).items():
             found[f"{prefix}.{name}" if prefix else name] = spec
     return found
@@ -83,6 +86,28 @@ def sharded_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter, ShardSp
     """Every parameter under ``root`` once, in ``named_parameters`` order, with its spec (None for dense)."""
     specs = shard_specs(root)
     return [(name, parameter, specs.get(name)) for name, parameter in root.named_parameters()]
+
+
+def state_dict_specs(root: nn.Module) -> dict[str, ShardSpec]:
+    """The spec of every sharded entry of ``root.state_dict()``, by its key there.
+
+    Modules may override ``state_dict`` and give parameters other names. Such an entry is recognised by its memory:
+    taken for a dense one, it would be saved from a single rank, and the experts of all others would be lost without an
+    error.
+    """
+    named = shard_specs(root)
+    of_memory = {
+        (parameter.data_ptr(), parameter.shape): spec
+        for _, parameter, spec in sharded_parameters(root)
+        if spec is not None and parameter.numel()
+    }
+    found: dict[str, ShardSpec] = {}
+    for key, value in root.state_dict().items():
+        if isinstance(value, Tensor):
+            spec = named.get(key) or of_memory.get((value.data_ptr(), value.shape))
+            if spec is not None:
+                found[key] = spec
+    return found
 
 
 @torch.no_grad()

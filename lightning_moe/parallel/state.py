@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import ShardSpec, replica_axis_of, shard_specs
+from lightning_moe.parallel.sharding import ShardSpec, replica_axis_of, sharded_parameters, state_dict_specs
 
 
-def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
+def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, Any]:
     """Assemble the whole tensor of every parameter and buffer; a collective call on all ranks of the mesh.
 
     Peak memory on rank 0 is the whole state on the CPU plus one gathered tensor; other ranks hold one tensor at a time.
 
     Returns:
-        On global rank 0 a state dict of CPU tensors with sharded dims in logical order; elsewhere an empty dict.
+        On global rank 0 a state dict of CPU tensors with sharded dims in logical order, and its own other values (those
+        of ``get_extra_state``); elsewhere an empty dict.
     """
-    specs = shard_specs(module)
+    specs = state_dict_specs(module)
     keep = mesh.global_rank == 0
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            if keep:
+                state[name] = value
+            continue
         spec = specs.get(name)
         whole = value if spec is None else _gather_tensor(value, spec, mesh)
         if keep:
@@ -32,13 +39,13 @@ def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, T
     return state
 
 
-def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load a state dict of whole tensors: every rank keeps the positions that its ShardSpecs name.
 
     Raises:
         ConfigError: A name is missing or unknown, or a shape differs; nothing has been changed then.
     """
-    specs = shard_specs(module)
+    specs = state_dict_specs(module)
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
@@ -50,7 +57,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
         )
     local = {name: local_part(state[name], specs.get(name)) for name in own}
     for name, value in own.items():
-        if local[name].shape != value.shape:
+        if isinstance(value, Tensor) and local[name].shape != value.shape:
             raise ConfigError(
                 f"state_dict.{name}",
                 tuple(state[name].shape),
@@ -59,7 +66,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
     module.load_state_dict(local)
 
 
-def local_part(whole: Tensor, spec: ShardSpec | None) -> Tensor:
+def local_part(whole: Any, spec: ShardSpec | None) -> Any:
     """The positions of a whole tensor that a rank with ``spec`` holds; a tensor of another length is returned as is."""
     if spec is None or whole.dim() <= spec.dim or whole.shape[spec.dim] != spec.size:
         return whole
@@ -92,12 +99,37 @@ def _gather_tensor(value: Tensor, spec: ShardSpec, mesh: ParallelMesh) -> Tensor
 def broadcast_replicas(module: nn.Module, mesh: ParallelMesh) -> None:
     """Make replicas equal: each tensor is broadcast from the first rank that holds a copy of it.
 
-    Dense tensors come from the first rank of ``data_context``, sharded ones from the first of ``expert_data``, so that
-    a model built without a common seed still starts from one set of weights.
+    Dense parameters and persistent buffers come from the first rank of ``data_context``, sharded parameters from the
+    first of ``expert_data``, so that a model built without a common seed still starts from one set of weights.
     """
-    specs = shard_specs(module)
-    for name, value in module.state_dict().items():
-        axis = replica_axis_of(specs.get(name))
-        group = mesh.group(axis)
-        if group is not None and mesh.size(axis) > 1 and value.numel():
-            dist.broadcast(value, src=mesh.ranks(axis)[0], group=group)
+    for _, parameter, spec in sharded_parameters(module):
+        _broadcast(parameter.detach(), replica_axis_of(spec), mesh)
+    broadcast_buffers(module, mesh)
+
+
+def broadcast_buffers(module: nn.Module, mesh: ParallelMesh) -> None:
+    """Give all ranks of ``data_context`` the persistent buffers of the first one, e.g. the statistics of BatchNorm.
+
+    Each rank gathers such statistics from its own samples. Buffers that are not persistent are a rank's own: layers may
+    keep there what depends on the rank.
+    """
+    for buffer in _persistent_buffers(module):
+        _broadcast(buffer, Axis.DATA_CONTEXT, mesh)
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[Tensor]:
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield buffer
+
+
+def _broadcast(value: Tensor, axis: Axis, mesh: ParallelMesh) -> None:
+    group = mesh.group(axis)
+    if group is None or mesh.size(axis) == 1 or not value.numel():
+        return
+    # As bytes: no backend carries every dtype.
+    values = value.contiguous()
+    dist.broadcast(values.view(-1).view(torch.uint8), src=mesh.ranks(axis)[0], group=group)
+    if values is not value:
+        value.copy_(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +13,18 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moe.checkpoint.sharded import is_sharded_checkpoint, load_sharded, localize, save_sharded
+from lightning_moe.checkpoint.shards import whole_shape
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.layer import MoELayer
@@ -30,7 +34,12 @@ from lightning_moe.parallel.gradients import GradientReducer, global_grad_norm
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import sharded_parameters
-from lightning_moe.parallel.state import broadcast_replicas, gather_full_state_dict, load_full_state_dict
+from lightning_moe.parallel.state import (
+    broadcast_buffers,
+    broadcast_replicas,
+    gather_full_state_dict,
+    load_full_state_dict,
+)
 from lightning_moe.strategy.callbacks_check import refuse_unsupported_callbacks
 from lightning_moe.strategy.evaluation import finishes_dataloader, has_len
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
@@ -94,7 +103,7 @@ class MoEStrategy(MeshStrategy):
             raise ConfigError("bucket_megabytes", bucket_megabytes, "a positive number of MiB", "25 suits most links")
         self._bucket_bytes = int(bucket_megabytes * 2**20)
         self._reducer: GradientReducer | None = None
-        self._trained_weights: dict[str, Tensor] = {}
+        self._trained_weights: dict[str, Any] = {}
 
     # ---- model and optimizers
 
@@ -102,7 +111,9 @@ class MoEStrategy(MeshStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         assert self.lightning_module is not None
-        refuse_unsupported_callbacks(self.lightning_module.trainer)
+        refuse_unsupported_callbacks(self.lightning_module.trainer, self.mesh)
+        for layer in self._moe_layers():  # before callbacks copy the module: weight averaging keeps this rank's experts
+            layer.shard_(self.mesh)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -113,12 +124,15 @@ class MoEStrategy(MeshStrategy):
         for layer in layers:
             layer.shard_(self.mesh)
         number_layers(layers)
+        if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None:
+            self.model = self._layer_sync.apply(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         broadcast_replicas(self.model, self.mesh)
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
+            self._refuse_foreign_parameters()
             self._reducer = GradientReducer(self.model, self.mesh, self._bucket_bytes)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -134,13 +148,28 @@ class MoEStrategy(MeshStrategy):
         assert self.lightning_module is not None
         return [module for module in self.lightning_module.modules() if isinstance(module, MoELayer)]
 
+    def _refuse_foreign_parameters(self) -> None:
+        """An optimizer's parameters that are not the module's would be trained on each rank by itself."""
+        assert self.lightning_module is not None
+        own = set(self.lightning_module.parameters())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter not in own:
+                        raise ConfigError(
+                            f"configure_optimizers: {type(optimizer).__name__}",
+                            f"a parameter of shape {tuple(parameter.shape)} outside of the module",
+                            "parameters of the LightningModule",
+                            "assign it to an attribute of the module; keep lists of parameters in an nn.ParameterList",
+                        )
+
     def _report_sizes(self) -> None:
         """Say what the whole model holds: Lightning's summary counts rank 0's experts only."""
         assert self.lightning_module is not None
         local = whole = 0
         for _, parameter, spec in sharded_parameters(self.lightning_module):
             local += parameter.numel()
-            whole += parameter.numel() if spec is None else parameter.numel() // len(spec.index) * spec.size
+            whole += math.prod(whole_shape(parameter, spec))
         rank_zero_info(f"{self.mesh}: {whole:,} parameters in the whole model, {local:,} on this rank")
 
     @property
@@ -168,6 +197,8 @@ class MoEStrategy(MeshStrategy):
         reducer.arm()
 
         def finish_with_this_backward(_: Tensor) -> None:
+            if not reducer.armed:  # the second loss.backward() of an overridden LightningModule.backward
+                reducer.arm()
             # Runs when autograd has reached every parameter and before Lightning's on_after_backward.
             torch.autograd.Variable._execution_engine.queue_callback(reducer.finish)
 
@@ -204,7 +235,7 @@ class MoEStrategy(MeshStrategy):
         norm = global_grad_norm(grads, self.mesh, self.root_device)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for grad, _ in grads:
-            grad.mul_(factor.to(grad.dtype))
+            grad.mul_(factor)
 
     @override
     def on_train_start(self) -> None:
@@ -222,13 +253,14 @@ class MoEStrategy(MeshStrategy):
                 "trainer.limit_train_batches",
             )
 
-    @override
-    def on_train_end(self) -> None:
-        if isinstance(self._launcher, ShardedMultiProcessingLauncher):
-            assert self.lightning_module is not None
-            self._trained_weights = gather_full_state_dict(self.lightning_module, self.mesh)
-
     # ---- evaluation
+
+    @override
+    def on_validation_start(self) -> None:
+        """Ranks evaluate one model, the one that a checkpoint keeps, and not each its own BatchNorm statistics."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            broadcast_buffers(self.lightning_module, self.mesh)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -281,26 +313,25 @@ class MoEStrategy(MeshStrategy):
                 "storage_options", storage_options, "None", "sharded checkpoints do not use a CheckpointIO"
             )
         assert self.lightning_module is not None
-        path = Path(self.broadcast(filepath))
+        path = _local_path(self.broadcast(filepath))
         if path.is_file():
             raise ConfigError("filepath", str(path), "a new path or a checkpoint directory", "a file is in the way")
+        if self._mesh is not None:  # there is none in the main process of spawn
+            broadcast_buffers(self.lightning_module, self._mesh)  # the checkpoint's tensors share the module's memory
         save_sharded(path, checkpoint, self.lightning_module, self._plain_optimizers(), writes_meta=self.is_global_zero)
         self.barrier()  # nobody may read or report the checkpoint before meta.pt is there
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
-        path = Path(self.broadcast(checkpoint_path))
+        path = _local_path(self.broadcast(checkpoint_path))
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         optimizers = self._plain_optimizers() if fitting else []
         if is_sharded_checkpoint(path):
-            return load_sharded(path, self.lightning_module, optimizers, weights_only=weights_only)
+            strict = self.lightning_module.strict_loading
+            return load_sharded(path, self.lightning_module, optimizers, weights_only=weights_only, strict=strict)
         whole = super().load_checkpoint(path, weights_only)
         return localize(whole, self.lightning_module, optimizers)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(checkpoint, strict=strict)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -308,17 +339,21 @@ class MoEStrategy(MeshStrategy):
             self.checkpoint_io.remove_checkpoint(filepath)
 
     def _plain_optimizers(self) -> list[Optimizer]:
-        return [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
+        plain = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
+        return [optimizer for optimizer in plain if not isinstance(optimizer, _MockOptimizer)]
 
     # ---- the main process of spawn and fork
 
-    def take_trained_weights(self) -> dict[str, Tensor]:
+    def take_trained_weights(self) -> dict[str, Any]:
         """The whole model's weights after fit, on rank 0; hands them over once."""
         weights, self._trained_weights = self._trained_weights, {}
         return weights
 
-    def restore_whole_model(self, weights: Mapping[str, Tensor]) -> None:
-        """Load whole weights into the main process' module, building its layers first where they are missing."""
+    def restore_whole_model(self, weights: Mapping[str, Any]) -> None:
+        """Load whole weights into the main process' module, building its layers first where they are missing.
+
+        As in Lightning, what the module lacks is passed over: layers that ``setup`` builds exist in the workers only.
+        """
         assert self.lightning_module is not None
         self._mesh = ParallelMesh.single()
         try:
@@ -327,14 +362,34 @@ class MoEStrategy(MeshStrategy):
         finally:
             self._mesh = None
         self.precision_plugin.convert_module(self.lightning_module)
-        load_full_state_dict(self.lightning_module, weights)
+        own = self.lightning_module.state_dict()
+        if unknown := sorted(weights.keys() - own.keys()):
+            rank_zero_warn(
+                f"the main process' module has no {unknown}: their trained weights stay behind in the workers. "
+                "Build layers in __init__ or configure_model, or save a checkpoint."
+            )
+        present = {name: value for name, value in weights.items() if name in own}
+        load_full_state_dict(self.lightning_module, {**own, **present})
 
     @override
     def teardown(self) -> None:
         if self._reducer is not None:
             self._reducer.close()
             self._reducer = None
+        module = self.lightning_module
+        trainer = None if module is None else module._trainer
+        if module is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            if self._layer_sync is not None:
+                self.model = self._layer_sync.revert(module)
+            # Not after an exception: one rank may have had it alone.
+            if trainer.state.status == TrainerStatus.RUNNING:
+                self._collect_trained_weights()
         super().teardown()
+
+    def _collect_trained_weights(self) -> None:
+        assert self.lightning_module is not None
+        if isinstance(self._launcher, ShardedMultiProcessingLauncher):
+            self._trained_weights = gather_full_state_dict(self.lightning_module, self.mesh)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_reducer": None}
@@ -346,6 +401,13 @@ class MoEStrategy(MeshStrategy):
             strategy_registry.register(
                 name, cls, description=f"MoEStrategy started by {start_method}", start_method=start_method
             )
+
+
+def _local_path(path: str | Path) -> Path:
+    """``Path("s3://bucket/a")`` would be a directory ``s3:`` on the local disk."""
+    if not _is_local_file_protocol(path):
+        raise ConfigError("filepath", str(path), "a local path", "copy the directory there after the run")
+    return Path(str(path).removeprefix("file://"))
 
 
 def _check_axes(parallel: ParallelConfig) -> None:

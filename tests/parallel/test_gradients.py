@@ -155,6 +155,87 @@ def test_parameters_unfrozen_by_a_callback_are_reduced(ranks: RankPool) -> None:
     assert ranks.run(2, unfreeze_later) == [0.5, 0.5]
 
 
+def unfreeze_in_turns() -> list[Any]:
+    """One of two parameters at a time, as ``toggle_optimizer`` does, the second for the first time later."""
+    mesh = ParallelMesh.build(ParallelConfig())
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1), requires_grad=False)
+    reducer = GradientReducer(nn.ParameterList([first, second]), mesh, 2**20)
+    weight = float(dist.get_rank())
+    _backward(reducer, (weight * first).sum())
+    buckets = []
+    for active, frozen in ((second, first), (first, second), (second, first)):
+        active.requires_grad_(True)
+        frozen.requires_grad_(False)
+        _backward(reducer, (weight * active).sum())
+        buckets.append(len(reducer._buckets))
+    assert first.grad is not None
+    assert second.grad is not None
+    return [float(first.grad), float(second.grad), buckets]
+
+
+def test_gradients_survive_when_other_parameters_are_unfrozen(ranks: RankPool) -> None:
+    """What a frozen parameter has accumulated stays, and buckets are built once for each parameter."""
+    assert ranks.run(2, unfreeze_in_turns) == [[1.0, 1.0, [2, 2, 2]]] * 2
+
+
+def test_a_gradient_set_by_the_user_survives_a_backward_that_does_not_reach_it() -> None:
+    module = Two(ParallelMesh.single())
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    module.dense.grad = torch.full((3,), 5.0)
+    _backward(reducer, module.experts.sum())
+    assert module.dense.grad is not None
+    assert module.dense.grad.tolist() == [5.0] * 3
+
+
+def test_gradients_have_the_memory_layout_of_their_parameters() -> None:
+    """Fused optimizers walk through both in memory order, on the CPU without checking it."""
+    torch.manual_seed(0)
+    weights = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.randn(5, 3).t()
+    module = nn.ParameterList([nn.Parameter(weight.clone()) for weight in weights])
+    twin = nn.ParameterList([nn.Parameter(weight.clone()) for weight in weights])
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    for parameters in (module, twin):
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+        loss = sum(parameter.pow(3).sum() for parameter in parameters)
+        assert isinstance(loss, Tensor)
+        if parameters is module:
+            _backward(reducer, loss)
+        else:
+            loss.backward()
+        optimizer.step()
+    for parameter, expected in zip(module, twin, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride()
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-6)
+
+
+def reduce_complex() -> tuple[list[complex], bool, float]:
+    mesh = ParallelMesh.build(ParallelConfig())
+    used, unused = nn.Parameter(torch.zeros(2, dtype=torch.complex64)), nn.Parameter(torch.zeros(2, dtype=torch.cfloat))
+    reducer = GradientReducer(nn.ParameterList([used, unused]), mesh, 2**20)
+    _backward(reducer, (used * complex(0, dist.get_rank())).real.sum())
+    assert used.grad is not None
+    return used.grad.tolist(), unused.grad is None, float(global_grad_norm([(used.grad, None)], mesh, used.device))
+
+
+def test_complex_parameters(ranks: RankPool) -> None:
+    for grad, unused, norm in ranks.run(2, reduce_complex):
+        assert grad == [-0.5j, -0.5j]
+        assert unused
+        assert norm == pytest.approx(0.5**0.5, rel=1e-6)
+
+
+def test_backward_that_records_its_own_graph() -> None:
+    """``create_graph=True`` runs hooks in grad mode, where the bucket would become a part of the graph."""
+    module = Two(ParallelMesh.single())
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    reducer.arm()
+    (module.dense.sum() + 3 * module.dense.sum().square() + 2.0).backward(create_graph=True)
+    reducer.finish()
+    assert module.dense.grad is not None
+    assert module.dense.grad.tolist() == [1.0] * 3
+
+
 def test_sparse_gradients_are_refused() -> None:
     module = nn.Embedding(4, 2, sparse=True)
     reducer = GradientReducer(module, ParallelMesh.single(), 2**20)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec
+from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec, shard_specs, state_dict_specs
 from lightning_moe.parallel.state import broadcast_replicas, gather_full_state_dict, load_full_state_dict
 from tests.distributed import RankPool
 
@@ -159,3 +159,76 @@ def test_a_world_of_one_has_nothing_to_broadcast() -> None:
     module = filled((0, 1, 2, 3, 4))
     broadcast_replicas(module, ParallelMesh.single())
     assert_states_equal(local_state(module), WHOLE)
+
+
+class ManyDtypes(nn.Module):
+    """Dtypes and layouts that backends do not carry, a buffer that is the rank's own, and a value that is no tensor."""
+
+    as_int64: Tensor
+    transposed: Tensor
+    own: Tensor
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        dtypes = (
+            torch.int16,
+            torch.bool,
+            torch.uint8,
+            torch.float8_e4m3fn,
+            torch.bfloat16,
+            torch.complex64,
+            torch.int64,
+        )
+        for dtype in dtypes:
+            self.register_buffer(str(dtype).replace("torch.", "as_"), torch.full((), float(value)).to(dtype))
+        self.register_buffer("transposed", torch.full((2, 3), value).t())
+        self.register_buffer("own", torch.tensor(value), persistent=False)
+        self.weight = nn.Parameter(torch.full((2, 3, 4, 4), float(value)).to(memory_format=torch.channels_last))
+        self.value = value
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+def broadcast_many() -> tuple[list[float], int, list[int]]:
+    mesh = ParallelMesh.build(ParallelConfig())
+    module = ManyDtypes(1 - dist.get_rank())
+    strides = module.weight.stride(), module.transposed.stride()
+    broadcast_replicas(module, mesh)
+    assert (module.weight.stride(), module.transposed.stride()) == strides
+    tensors = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+    values = [float(value.flatten()[0].real.float()) for value in tensors]
+    state = gather_full_state_dict(module, mesh)
+    restored = ManyDtypes(5)
+    if state:
+        load_full_state_dict(restored, state)
+    return values, int(module.own), [restored.value, int(restored.as_int64), int(restored.weight.mean())]
+
+
+def test_replicas_of_every_dtype_and_layout(ranks: RankPool) -> None:
+    """Rank 0 gathers what all then have; another rank has nothing to load."""
+    assert ranks.run(2, broadcast_many) == [([1.0] * 9, 1, [1, 1, 1]), ([1.0] * 9, 0, [5, 5, 5])]
+
+
+class Renamed(nn.Module):
+    """One sharded module in two places, under names that ``state_dict`` changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sharded((1, 0))
+        self.again = self.inner
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        state = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
+        return {f"net.{name}": value for name, value in state.items()}
+
+
+def test_shared_and_renamed_parameters_keep_their_specs() -> None:
+    """Without its spec an expert weight would be broadcast over ranks that hold other experts."""
+    module = Renamed()
+    names = {f"{place}.{name}" for place in ("inner", "again") for name in ("rows", "columns")}
+    assert shard_specs(module).keys() == names
+    assert state_dict_specs(module).keys() == {f"net.{name}" for name in names}

@@ -174,6 +174,169 @@ def test_another_model_is_refused_before_anything_is_read(
     assert "shared_expert" in str(failure.value.__cause__)
 
 
+class Adafactor(TinyMoE):
+    """Factored second moments: state tensors that are sharded like the experts but have other shapes."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adafactor(self.parameters(), lr=1e-2)
+
+
+class Muddled(TinyMoE):
+    """An optimizer whose state for the experts of a rank cannot be told apart."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-2)
+        for parameter in self.parameters():
+            optimizer.state[parameter]["sum"] = torch.zeros(3, 1, 1)
+        return optimizer
+
+
+class ExtraState(TinyMoE):
+    """A state dict that holds more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self.global_step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.restored = state
+
+
+class OneLayerTwice(TinyMoE):
+    """The same MoE layer at two depths: its parameters have two names."""
+
+    def configure_model(self) -> None:
+        if self.layers is None:
+            super().configure_model()
+            assert self.layers is not None
+            self.layers[1] = self.layers[0]
+
+
+class OtherNames(TinyMoE):
+    """Overrides what its state dict calls the parameters."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {f"net.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({name.removeprefix("net."): v for name, v in state.items()}, *args, **kwargs)
+
+
+class NoOptimizer(TinyMoE):
+    def configure_optimizers(self) -> None:  # type: ignore[override]
+        return None
+
+
+def resume_in_process(module: type[TinyMoE], world_size: int, expert: int, folder: str) -> tuple[Any, Any, Any]:
+    """Six steps at once, or the last four after a resume; returns both losses and the module that resumed."""
+    runs = []
+    for resume in (None, f"{folder}/step=2.ckpt"):
+        recorder = Recorder()
+        saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        run = trainer(
+            world_size,
+            expert,
+            precision="64-true",
+            callbacks=[recorder, saver],
+            enable_checkpointing=True,
+            max_steps=6,
+            max_epochs=3,
+        )
+        instance = module()
+        run.fit(instance, loader(16, 8, world_size, run.global_rank, torch.float64), ckpt_path=resume)
+        runs.append(recorder.losses)
+    return runs[0], runs[1], getattr(instance, "restored", None)
+
+
+@pytest.mark.parametrize("module", [Adafactor, ExtraState, OneLayerTwice, OtherNames, NoOptimizer])
+def test_unusual_modules_and_optimizers_resume(ranks: RankPool, tmp_path: Path, module: type[TinyMoE]) -> None:
+    """Every rank gets its own experts and their state back, none those of rank 0."""
+    for whole_run, resumed, restored in ranks.run(
+        2, resume_in_process, module, 2, 2, str(tmp_path), init_process_group=False
+    ):
+        if module is NoOptimizer:
+            assert len(resumed) > 0
+        else:
+            check_losses(resumed, whole_run[2:], 1e-12)
+        assert restored == ({"steps": 2} if module is ExtraState else None)
+
+
+def test_one_layer_twice_equals_a_single_process(ranks: RankPool, tmp_path: Path) -> None:
+    """Taken for dense under its second name, it would get rank 0's experts on all ranks."""
+    results = ranks.run(2, resume_in_process, OneLayerTwice, 2, 2, str(tmp_path / "2"), init_process_group=False)
+    single = ranks.run(1, resume_in_process, OneLayerTwice, 1, 1, str(tmp_path / "1"), init_process_group=False)
+    check_losses([sum(pair) / 2 for pair in zip(*[result[0] for result in results], strict=True)], single[0][0], 1e-12)
+
+
+def test_optimizer_state_that_no_file_can_hold_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match=r"optimizer state 'sum' of layers.0.experts"):
+        ranks.run(2, resume_in_process, Muddled, 2, 2, str(tmp_path), init_process_group=False)
+
+
+class Adapter(TinyMoE):
+    """Saves its head only, as adapters on a frozen model do."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("head")}
+
+
+def adapt(folder: str, strict: bool) -> bool:
+    run = trainer(2, 2, max_steps=2)
+    module = Adapter()
+    data = loader(16, 8, 2, run.global_rank)
+    run.fit(module, data)
+    run.save_checkpoint(f"{folder}/adapter.ckpt")
+    restored = Adapter()
+    restored.strict_loading = strict
+    trainer(2, 2).validate(restored, data, ckpt_path=f"{folder}/adapter.ckpt", verbose=False)
+    same_head = torch.equal(module.head.weight, restored.head.weight)
+    return same_head and not torch.equal(module.embed.weight, restored.embed.weight)
+
+
+def test_partial_checkpoints_load_without_strict_loading(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, adapt, str(tmp_path), False, init_process_group=False) == [True, True]
+    with pytest.raises(RankFailure, match=r"missing in the file: \['embed.bias'"):
+        ranks.run(2, adapt, str(tmp_path), True, init_process_group=False)
+
+
+def save_at(path: str) -> None:
+    run = trainer(1, 1, max_steps=1)
+    run.fit(TinyMoE(), loader(8, 8, 1, 0))
+    run.save_checkpoint(path)
+
+
+def test_remote_paths_are_refused(ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Path`` would make a local directory called ``s3:`` of it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RankFailure, match="a local path"):
+        ranks.run(1, save_at, "s3://bucket/run.ckpt", init_process_group=False)
+    assert list(tmp_path.iterdir()) == []
+    ranks.run(1, save_at, f"file://{tmp_path}/run.ckpt", init_process_group=False)
+    assert (tmp_path / "run.ckpt" / "meta.pt").is_file()
+
+
+def save_weight_average(folder: str) -> None:
+    callbacks = [EMAWeightAveraging(decay=0.9), ModelCheckpoint(folder, filename="average")]
+    run = trainer(1, 0, precision="64-true", callbacks=callbacks, enable_checkpointing=True, max_steps=2)
+    run.fit(TinyMoE(), loader(16, 8, 1, 0, torch.float64))
+
+
+def resume_weight_average(world_size: int, expert: int, folder: str) -> list[float]:
+    recorder = Recorder()
+    callbacks = [EMAWeightAveraging(decay=0.9), recorder]
+    run = trainer(world_size, expert, precision="64-true", callbacks=callbacks, max_epochs=3)
+    data = loader(16, 8, world_size, run.global_rank, torch.float64)
+    run.fit(TinyMoE(), data, ckpt_path=f"{folder}/average.ckpt")
+    return recorder.losses
+
+
+def test_weight_average_of_a_single_device_resumes(ranks: RankPool, tmp_path: Path) -> None:
+    """Its file holds the weights twice, and both have to be cut."""
+    ranks.run(1, save_weight_average, str(tmp_path), init_process_group=False)
+    two = ranks.run(2, resume_weight_average, 2, 2, str(tmp_path), init_process_group=False)
+    one = ranks.run(1, resume_weight_average, 1, 1, str(tmp_path), init_process_group=False)[0]
+    check_losses([sum(pair) / 2 for pair in zip(*two, strict=True)], one, 1e-12)
+
+
 def keep_best(world_size: int, expert: int, folder: str) -> list[str]:
     """Fit with the usual callbacks, then test the best checkpoint."""
     checkpoint = ModelCheckpoint(folder, monitor="val_loss", save_top_k=1, save_last=True)

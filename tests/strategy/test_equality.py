@@ -193,6 +193,57 @@ def test_two_backward_passes_before_a_step(ranks: RankPool) -> None:
     check_equal(parallel(ranks, 4, 2, **settings), reference(ranks, **settings), 1e-12)
 
 
+class OwnBackward(TinyMoE):
+    """An overridden ``backward`` that runs autograd twice."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+def test_two_backward_passes_in_one_backward(ranks: RankPool) -> None:
+    """The second one has to be reduced as well."""
+    settings = {"dtype": torch.float64, "steps": 2, "module": OwnBackward}
+    check_equal(parallel(ranks, 4, 2, **settings), reference(ranks, **settings), 1e-12)
+
+
+class TwoOptimizers(TinyMoE):
+    """Manual optimization in turns, as GANs do: each optimizer holds a part and the other part is frozen meanwhile."""
+
+    def __init__(self, **moe: Any) -> None:
+        super().__init__(**moe)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            self.toggle_optimizer(optimizer)
+            loss = self.loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+        return {"loss": loss.detach()}
+
+    def configure_optimizers(self) -> Any:
+        assert self.layers is not None
+        rest = [*self.embed.parameters(), *self.head.parameters()]
+        return [torch.optim.AdamW(self.layers.parameters(), lr=1e-2), torch.optim.SGD(rest, lr=1e-2)]
+
+
+def test_two_optimizers_in_turns(ranks: RankPool) -> None:
+    """Buckets hold parameters of both; each step sees its own gradients, reduced and clipped by its own global norm."""
+    settings = {"dtype": torch.float64, "steps": 8, "module": TwoOptimizers}
+    run, expected = parallel(ranks, 4, 2, **settings), reference(ranks, **settings)
+    assert len(expected.grads) >= 8
+    check_equal(run, expected, 1e-12)
+
+
+def test_clipping_by_value(ranks: RankPool) -> None:
+    settings = {"dtype": torch.float64, "steps": 3, "gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    check_equal(parallel(ranks, 2, 2, **settings), reference(ranks, **settings), 1e-12)
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16-true", 2e-2), ("bf16-mixed", 2e-2), ("16-true", 4e-3)])
 def test_low_precision(ranks: RankPool, precision: str, tolerance: float) -> None:
     """Equal to the single process up to the rounding of the precision, with accumulation in float32."""

@@ -91,6 +91,50 @@ def test_registry_names() -> None:
         assert strategy._start_method == start_method
 
 
+LAYERS_IN_SETUP = """
+import warnings
+import torch
+from lightning_moe import MoEStrategy, ParallelConfig
+from tests.strategy.launch_script import Data
+from tests.strategy.tiny import TinyMoE, trainer
+
+class InSetup(TinyMoE):
+    def configure_model(self): pass
+    def setup(self, stage): super().configure_model()
+
+if __name__ == "__main__":
+    strategy = MoEStrategy(ParallelConfig(expert=2), start_method="fork")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trainer(2, 2, strategy=strategy, precision="64-true", max_steps=1)
+        run.fit(InSetup(), Data())
+    assert any("stay behind in the workers" in str(each.message) for each in caught)
+    strategy = MoEStrategy(ParallelConfig(expert=2), start_method="fork")
+    module = TinyMoE()
+    trainer(2, 2, strategy=strategy, precision="64-true", max_epochs=0).fit(module, Data())
+    assert module.layers[0].experts.down_proj.shape[0] == 8
+    print("done")
+"""
+
+
+@pytest.mark.slow
+def test_weights_that_cannot_or_need_not_come_back(tmp_path: Path) -> None:
+    """Layers that ``setup`` builds in the workers, and a fit without a single step: neither may end in an error."""
+    script = tmp_path / "script.py"
+    script.write_text(LAYERS_IN_SETUP)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.stdout.strip().endswith("done"), result.stderr[-2000:]
+
+
 def test_launcher_of_each_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's detection of SLURM and torchrun works with the strategy; processes are created externally."""
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import (
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     StochasticWeightAveraging,
@@ -21,7 +22,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_moe import ConfigError, MoEStrategy, ParallelConfig, ParallelMesh
+from lightning_moe import ConfigError, MoEStrategy, ParallelConfig, ParallelMesh, ShardSpec, set_shard_spec
 from lightning_moe.moe.layer import MoELayer
 from tests.distributed import RankFailure, RankPool
 from tests.strategy.tiny import Recorder, Sequences, TinyMoE, check_losses, loader, train, trainer, whole
@@ -225,6 +226,140 @@ def test_stochastic_weight_averaging_is_refused_by_name(ranks: RankPool) -> None
     error = failure.value.__cause__
     assert isinstance(error, ConfigError)
     assert error.value == "StochasticWeightAveraging"
+
+
+class InInit(TinyMoE):
+    """Whole layers built in ``__init__``, and no ``configure_model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        TinyMoE.configure_model(self)
+
+    configure_model = pl.LightningModule.configure_model
+
+
+def test_stochastic_weight_averaging_of_spread_experts_is_refused(ranks: RankPool) -> None:
+    """Its checkpoint would keep the averages of rank 0's experts only."""
+    with pytest.raises(RankFailure, match="only rank 0's experts"):
+        ranks.run(2, average, [StochasticWeightAveraging(1e-2)], init_process_group=False)
+
+
+def average(callbacks: list[Any] | None) -> tuple[int, ...]:
+    run = trainer(2, 2, callbacks=callbacks or [EMAWeightAveraging(decay=0.9)], max_epochs=2)
+    module = InInit()
+    run.fit(module, loader(16, 8, 2, run.global_rank))
+    assert module.layers is not None
+    return tuple(module.layers[0].experts.down_proj.shape)  # type: ignore[union-attr, arg-type]
+
+
+def test_weight_averaging_of_layers_built_in_init(ranks: RankPool) -> None:
+    """The callback copies the module before ``setup``; it must copy this rank's experts and not all."""
+    assert ranks.run(2, average, None, init_process_group=False) == [(4, 16, 12)] * 2
+
+
+class Normed(TinyMoE):
+    """With BatchNorm, whose statistics each rank gathers from its own samples."""
+
+    def configure_model(self) -> None:
+        if self.layers is None:
+            super().configure_model()
+            self.norm = nn.BatchNorm1d(6)
+            self.seen: list[tuple[str, list[float]]] = []
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().loss({**batch, "input": self.norm(batch["input"])})
+
+    def on_train_epoch_end(self) -> None:
+        self.seen.append(("train", self.norm.running_mean.tolist()))  # type: ignore[union-attr, operator]
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self.seen.append(("validate", self.norm.running_mean.tolist()))  # type: ignore[union-attr, operator]
+
+
+def batch_norm(folder: str) -> tuple[list[tuple[str, list[float]]], list[float]]:
+    run = trainer(2, 2, num_sanity_val_steps=0, limit_val_batches=1)
+    module = Normed()
+    run.fit(module, loader(32, 8, 2, run.global_rank), loader(16, 8, 2, run.global_rank))
+    run.save_checkpoint(f"{folder}/norm.ckpt")
+    restored = Normed()
+    trainer(2, 2, limit_val_batches=1).validate(
+        restored, loader(16, 8, 2, run.global_rank), ckpt_path=f"{folder}/norm.ckpt", verbose=False
+    )
+    return module.seen, restored.norm.running_mean.tolist()  # type: ignore[union-attr, operator]
+
+
+def test_all_ranks_evaluate_and_save_one_set_of_buffers(ranks: RankPool, tmp_path: Any) -> None:
+    """As under DDP, rank 0's: a checkpoint would otherwise mix the statistics of several ranks."""
+    (first, first_saved), (second, second_saved) = ranks.run(2, batch_norm, str(tmp_path), init_process_group=False)
+    assert [stage for stage, _ in first] == ["validate", "train"]
+    assert first[0] == second[0]
+    assert first[0][1] != [0.0] * 6
+    assert first_saved == second_saved == first[0][1]
+
+
+class LayerType(Normed):
+    """Records the type of its norm when optimizers are built."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.norm_type = type(self.norm)
+        return super().configure_optimizers()
+
+
+def synchronized_batch_norm() -> tuple[str, str]:
+    run = trainer(2, 2, sync_batchnorm=True, limit_train_batches=0)
+    module = LayerType()
+    run.fit(module, loader(8, 8, 2, run.global_rank))
+    return module.norm_type.__name__, type(module.norm).__name__
+
+
+def test_synchronized_batch_norm_is_applied_and_reverted(ranks: RankPool) -> None:
+    assert ranks.run(2, synchronized_batch_norm, init_process_group=False) == [("SyncBatchNorm", "_BatchNormXd")] * 2
+
+
+class ForeignParameter(TinyMoE):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.ones(2))], lr=0.1)
+
+
+def fit_foreign() -> None:
+    run = trainer(2, 2)
+    run.fit(ForeignParameter(), loader(8, 8, 2, run.global_rank))
+
+
+def test_parameters_outside_of_the_module_are_refused(ranks: RankPool) -> None:
+    """Nobody would reduce their gradients, and replicas would drift apart."""
+    with pytest.raises(RankFailure, match="outside of the module"):
+        ranks.run(2, fit_foreign, init_process_group=False)
+
+
+class NoExpertOnOneRank(pl.LightningModule):
+    """Three experts on rank 0, none on rank 1."""
+
+    def configure_model(self) -> None:
+        index = () if self.trainer.global_rank else (0, 1, 2)
+        self.dense = nn.Parameter(torch.ones(2))
+        self.experts = nn.Parameter(torch.ones(len(index), 2))
+        set_shard_spec(self, "experts", ShardSpec("expert", 0, 3, index))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.experts.sum() + self.dense.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def empty_rank() -> list[float]:
+    run = trainer(2, 2, max_steps=1, gradient_clip_val=1.0)
+    module = NoExpertOnOneRank()
+    run.fit(module, loader(8, 8, 2, run.global_rank))
+    return module.dense.tolist()
+
+
+def test_a_rank_without_experts(ranks: RankPool) -> None:
+    """The global norm is that of two dense gradients of 1 and six expert gradients of 1/2."""
+    expected = 1 - 1 / (2 + 6 / 4) ** 0.5
+    for dense in ranks.run(2, empty_rank, init_process_group=False):
+        assert dense == pytest.approx([expected] * 2, rel=1e-5)
 
 
 def fit_compiled() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "imports", ["import lightning.pytorch as pl, lightning_moe", "import lightning_moe.strategy, lightning.pytorch as pl"]
+    "imports",
+    ["import lightning.pytorch as pl, lightning_moe", "import lightning_moe.strategy, lightning.pytorch as pl"],
 )
 def test_strategy_by_name_after_importing_the_package(imports: str) -> None:
     code = f"{imports}; print(type(pl.Trainer(strategy='moe', accelerator='cpu', logger=False).strategy).__name__)"
