@@ -51,8 +51,7 @@ class ParallelConfig:
         """Return this configuration with ``data`` filled in for a world of ``world_size`` ranks.
 
         Raises:
-            ConfigError: The sizes do not factor the world, or the expert axes do not fold into the dense
-            ones.
+            ConfigError: The sizes do not factor the world, or the expert axes do not fold into the dense ones.
         """
         if world_size % self.model_size:
             raise ConfigError(

@@ -4,7 +4,7 @@
 Gradients live in flat *main-grad* buckets of at least float32. A dense bucket is reduced over ``data_context``, an
 expert bucket over ``expert_data``; both are divided by the size of ``data_context``, because the loss is a mean over
 those ranks: an expert's gradient already holds the sum over the ranks that sent it tokens, so dividing it by the number
-of its replicas would make it ``expert`` times too large (see ``docs/concepts.md``).
+of its replicas would make it ``expert`` times too large (see ``docs/concepts/expert-parallelism.md``).
 
 Behind a bucket's gradients stands one flag per parameter, "this rank used it". The flags travel with the same
 all-reduce, so that a parameter which no rank used keeps ``grad=None``, as in a single process: a zero gradient would
@@ -19,7 +19,6 @@ contributions are added to the float32 bucket, and a fresh copy is handed out at
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,7 +59,6 @@ class _Bucket:
     buffer: Tensor
     flags: Tensor
     slots: list[_Slot]
-    axis: Axis
     group: dist.ProcessGroup | None
     scale: float
     """What the sum over the group is multiplied by to give the mean over ``data_context``."""
@@ -174,7 +172,7 @@ class GradientReducer:
         ]
         replicas, data_ranks = self._mesh.size(axis), self._mesh.size(Axis.DATA_CONTEXT)
         group = self._mesh.group(axis) if replicas > 1 else None
-        return _Bucket(buffer, buffer[elements:], slots, axis, group, 1 / data_ranks, data_ranks / replicas)
+        return _Bucket(buffer, buffer[elements:], slots, group, 1 / data_ranks, data_ranks / replicas)
 
     def _take_grad(self, slot: _Slot) -> None:
         """Bring the bucket in line with ``parameter.grad`` before backward adds to it."""
@@ -269,37 +267,3 @@ def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
     Fused optimizers walk through parameter and gradient in memory order, and some do not check that both have the same.
     """
     return torch.empty_like(parameter, device="meta", memory_format=torch.preserve_format).stride()
-
-
-def global_grad_norm(
-    grads: list[tuple[Tensor, str | None]], mesh: ParallelMesh, device: torch.device, norm_type: float = 2.0
-) -> Tensor:
-    """Norm of the whole model's gradient, each parameter counted once; a collective call on all ranks.
-
-    Args:
-        grads: This rank's gradients with the axis each is sharded over (None for dense ones), already reduced.
-        mesh: The parallel mesh.
-        device: Where to compute; needed because a rank may have no gradient at all.
-        norm_type: Order of the norm; ``inf`` for the largest absolute value.
-
-    Returns:
-        Scalar of at least float32, equal on all ranks.
-    """
-    largest = math.isinf(norm_type)
-    reduce_op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
-    dtype = torch.float32
-    for grad, _ in grads:
-        dtype = torch.promote_types(dtype, grad.dtype.to_real())
-    total = torch.zeros((), dtype=dtype, device=device)
-    # The same axes on every rank, whatever gradients it has: otherwise the all-reduces would not match.
-    for axis in (None, Axis.EXPERT, Axis.EXPERT_TENSOR):
-        own = [grad.abs() if grad.is_complex() else grad for grad, sharded_over in grads if sharded_over == axis]
-        norms = torch.stack(torch._foreach_norm(own, norm_type, dtype)) if own else torch.zeros(1, dtype=dtype)
-        part = norms.to(device, dtype)
-        part = part.max() if largest else part.pow(norm_type).sum()
-        if axis is not None and mesh.size(axis) > 1:
-            dist.all_reduce(part, op=reduce_op, group=mesh.group(axis))
-        total = torch.maximum(total, part) if largest else total + part
-    if mesh.size(Axis.PIPELINE) > 1:
-        dist.all_reduce(total, op=reduce_op, group=mesh.group(Axis.PIPELINE))
-    return total if largest else total.pow(1.0 / norm_type)

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from itertools import accumulate
-from typing import Any, TypeGuard
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-
-
-def has_len(dataloader: object) -> TypeGuard[Sized]:
-    """Whether the number of batches is known; iterable data sets have a ``__len__`` that raises."""
-    try:
-        len(dataloader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return False
-    return True
 
 
 def finishes_dataloader(trainer: pl.Trainer) -> bool:

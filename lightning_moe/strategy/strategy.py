@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
@@ -30,9 +29,11 @@ from lightning_moe.errors import ConfigError
 from lightning_moe.moe.layer import MoELayer
 from lightning_moe.moe.participation import number_layers, serve_until_idle
 from lightning_moe.moe.router import TopKRouter
-from lightning_moe.parallel.gradients import GradientReducer, global_grad_norm
+from lightning_moe.parallel.grad_norm import global_grad_norm
+from lightning_moe.parallel.gradients import GradientReducer
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.rng import AxisRng, fold_seed
 from lightning_moe.parallel.sharding import sharded_parameters
 from lightning_moe.parallel.state import (
     broadcast_buffers,
@@ -40,8 +41,14 @@ from lightning_moe.parallel.state import (
     gather_full_state_dict,
     load_full_state_dict,
 )
-from lightning_moe.strategy.callbacks_check import refuse_unsupported_callbacks
-from lightning_moe.strategy.evaluation import finishes_dataloader, has_len
+from lightning_moe.strategy.checks import (
+    check_axes,
+    check_callbacks,
+    check_evaluation_lengths,
+    check_optimizers,
+    check_training_lengths,
+)
+from lightning_moe.strategy.evaluation import finishes_dataloader
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
@@ -98,11 +105,12 @@ class MoEStrategy(MeshStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        _check_axes(self.parallel)
+        check_axes(self.parallel)
         if bucket_megabytes <= 0:
             raise ConfigError("bucket_megabytes", bucket_megabytes, "a positive number of MiB", "25 suits most links")
         self._bucket_bytes = int(bucket_megabytes * 2**20)
         self._reducer: GradientReducer | None = None
+        self._rng: AxisRng | None = None
         self._trained_weights: dict[str, Any] = {}
 
     # ---- model and optimizers
@@ -111,7 +119,7 @@ class MoEStrategy(MeshStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         assert self.lightning_module is not None
-        refuse_unsupported_callbacks(self.lightning_module.trainer, self.mesh)
+        check_callbacks(self.lightning_module.trainer, self.mesh)
         for layer in self._moe_layers():  # before callbacks copy the module: weight averaging keeps this rank's experts
             layer.shard_(self.mesh)
 
@@ -132,7 +140,7 @@ class MoEStrategy(MeshStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
-            self._refuse_foreign_parameters()
+            check_optimizers(self._plain_optimizers(), trainer.lightning_module)
             self._reducer = GradientReducer(self.model, self.mesh, self._bucket_bytes)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -147,21 +155,6 @@ class MoEStrategy(MeshStrategy):
     def _moe_layers(self) -> list[MoELayer]:
         assert self.lightning_module is not None
         return [module for module in self.lightning_module.modules() if isinstance(module, MoELayer)]
-
-    def _refuse_foreign_parameters(self) -> None:
-        """An optimizer's parameters that are not the module's would be trained on each rank by itself."""
-        assert self.lightning_module is not None
-        own = set(self.lightning_module.parameters())
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter not in own:
-                        raise ConfigError(
-                            f"configure_optimizers: {type(optimizer).__name__}",
-                            f"a parameter of shape {tuple(parameter.shape)} outside of the module",
-                            "parameters of the LightningModule",
-                            "assign it to an attribute of the module; keep lists of parameters in an nn.ParameterList",
-                        )
 
     def _report_sizes(self) -> None:
         """Say what the whole model holds: Lightning's summary counts rank 0's experts only."""
@@ -239,19 +232,20 @@ class MoEStrategy(MeshStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Refuse loops of different lengths: the shorter rank would leave the others waiting in a collective."""
         assert self.lightning_module is not None
-        own = self.lightning_module.trainer.num_training_batches
-        lengths: list[float] = [0.0] * self.mesh.world_size
-        dist.all_gather_object(lengths, own)
-        if len(set(lengths)) > 1:
-            raise ConfigError(
-                "train_dataloader",
-                f"{lengths} batches on ranks 0..{len(lengths) - 1}",
-                "the same number of batches on every rank",
-                "let Lightning inject its DistributedSampler, drop the last incomplete round, or set "
-                "trainer.limit_train_batches",
-            )
+        trainer = self.lightning_module.trainer
+        check_training_lengths(trainer.num_training_batches, self.mesh)
+        # Folding in the step keeps a resumed run from drawing the dropout masks of its beginning again.
+        seed = fold_seed(self.broadcast(torch.initial_seed()), trainer.global_step)
+        self._rng = AxisRng(self.mesh, seed)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._rng is not None, "Lightning calls on_train_start first"
+        # Ranks are seeded alike, so that they build equal models; drawing dropout masks from these generators would
+        # drop the same units of different samples on all of them.
+        with self._rng.fork("replicated"):
+            return super().training_step(*args, **kwargs)
 
     # ---- evaluation
 
@@ -276,18 +270,9 @@ class MoEStrategy(MeshStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Refuse an evaluation loader that leaves a rank without any batch: Lightning skips the loop on that rank."""
         assert self.lightning_module is not None
-        if self.mesh.size(Axis.EXPERT) > 1 and not self.lightning_module.trainer.training and has_len(dataloader):
-            lengths: list[int] = [0] * self.mesh.world_size
-            dist.all_gather_object(lengths, len(dataloader))
-            if any(lengths) and not all(lengths):
-                raise ConfigError(
-                    "dataloader",
-                    f"{lengths} batches on ranks 0..{len(lengths) - 1}",
-                    "at least one batch on every rank",
-                    "evaluate on fewer devices, or on more samples: a rank without a batch cannot serve its experts",
-                )
+        if self.mesh.size(Axis.EXPERT) > 1 and not self.lightning_module.trainer.training:
+            check_evaluation_lengths(dataloader, self.mesh)
         return dataloader
 
     def _serve_after(self, output: Any) -> Any:
@@ -408,14 +393,3 @@ def _local_path(path: str | Path) -> Path:
     if not _is_local_file_protocol(path):
         raise ConfigError("filepath", str(path), "a local path", "copy the directory there after the run")
     return Path(str(path).removeprefix("file://"))
-
-
-def _check_axes(parallel: ParallelConfig) -> None:
-    for axis in ("pipeline", "context", "tensor", "expert_tensor"):
-        if getattr(parallel, axis) != 1:
-            raise ConfigError(
-                f"parallel.{axis}",
-                getattr(parallel, axis),
-                "1",
-                "this release trains with expert and data parallelism",
-            )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import ConfigError, ParallelConfig, ParallelMesh, ShardSpec, set_shard_spec
-from lightning_moe.parallel.gradients import GradientReducer, global_grad_norm
+from lightning_moe.parallel.grad_norm import global_grad_norm
+from lightning_moe.parallel.gradients import GradientReducer
 from tests.distributed import RankPool
 
 

@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -215,7 +217,7 @@ def test_layers_built_in_init_are_spread_by_the_strategy(ranks: RankPool) -> Non
 
 
 def fit_with(callbacks: list[Any]) -> None:
-    run = trainer(2, 2, callbacks=callbacks, max_epochs=2)
+    run = trainer(2, 2, callbacks=callbacks, max_epochs=2, enable_checkpointing=True)
     run.fit(TinyMoE(), loader(16, 8, 2, run.global_rank))
 
 
@@ -493,3 +495,67 @@ def test_strategy_can_be_used_by_name() -> None:
     run = pl.Trainer(accelerator="cpu", devices=2, strategy="moe", logger=False)
     assert isinstance(run.strategy, MoEStrategy)
     assert run.strategy.parallel == ParallelConfig()
+
+
+class DrawsRandomNumbers(TinyMoE):
+    """Notes what a dropout layer would draw in training, and what is drawn outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[float] = []
+        self.outside: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.inside.append(float(torch.rand(())))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.outside.append(float(torch.rand(())))
+
+
+def draw_random_numbers(world_size: int, expert: int, steps: int = 3) -> tuple[list[float], list[float]]:
+    pl.seed_everything(7, verbose=False)
+    run = trainer(world_size, expert, max_steps=steps, max_epochs=10)
+    module = DrawsRandomNumbers()
+    run.fit(module, loader(8 * world_size, 8, world_size, run.global_rank))
+    return module.inside, module.outside
+
+
+def test_data_ranks_draw_different_dropout_masks(ranks: RankPool) -> None:
+    """Ranks are seeded alike; their streams in a step differ, are reproducible, and leave the generators alone."""
+    first, second = ranks.run(2, draw_random_numbers, 2, 2, init_process_group=False)
+    again = ranks.run(2, draw_random_numbers, 2, 2, init_process_group=False)
+    assert again == [first, second]
+    assert not set(first[0]) & set(second[0])
+    assert first[1] == second[1]
+    assert len(set(first[0])) == 3
+
+
+@pytest.mark.parametrize("callback", ["OnExceptionCheckpoint", "ModelCheckpoint"])
+def test_saving_on_exception_is_refused_by_name(ranks: RankPool, callback: str, tmp_path: Any) -> None:
+    """Saving is collective: after an exception on one rank the others would wait until the timeout."""
+    chosen = (
+        OnExceptionCheckpoint(str(tmp_path))
+        if callback == "OnExceptionCheckpoint"
+        else ModelCheckpoint(str(tmp_path), save_on_exception=True)
+    )
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(2, fit_with, [chosen], init_process_group=False)
+    error = failure.value.__cause__
+    assert isinstance(error, ConfigError)
+    assert error.value == callback
+
+
+def fit_with_lbfgs() -> None:
+    class Module(TinyMoE):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters())
+
+    run = trainer(2, 2)
+    run.fit(Module(), loader(8, 8, 2, run.global_rank))
+
+
+def test_lbfgs_is_refused_by_name(ranks: RankPool) -> None:
+    """Its inner products run over a rank's own experts."""
+    with pytest.raises(RankFailure, match="LBFGS"):
+        ranks.run(2, fit_with_lbfgs, init_process_group=False)

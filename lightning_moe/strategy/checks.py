@@ -1,0 +1,135 @@
+"""What cannot work with a model that is spread over ranks, refused by name before anything is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from typing import Any, TypeGuard
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.mesh import ParallelMesh
+
+
+def check_axes(parallel: ParallelConfig) -> None:
+    """Refuse axes that the mesh has but this release does not train with.
+
+    Raises:
+        ConfigError: Names the axis.
+    """
+    for axis in ("pipeline", "context", "tensor", "expert_tensor"):
+        size = getattr(parallel, axis)
+        if size != 1:
+            raise ConfigError(f"parallel.{axis}", size, "1", "this release trains with expert and data parallelism")
+
+
+def check_callbacks(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
+    """Refuse callbacks that would be silently wrong or hang; called before any callback's ``setup``.
+
+    Args:
+        trainer: The trainer with its callbacks.
+        mesh: The parallel mesh.
+
+    Raises:
+        ConfigError: Names the callback and what to use instead.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        allowed, why = "", ""
+        if isinstance(callback, StochasticWeightAveraging):
+            allowed = "EMAWeightAveraging or WeightAveraging"
+            if is_overridden("configure_model", trainer.lightning_module):
+                # It does so in Callback.setup, before configure_model.
+                why = "it copies the module before its layers exist and would average nothing"
+            elif mesh.size(Axis.EXPERT) > 1:
+                why = "it keeps the average in a checkpoint as its own state, where only rank 0's experts are"
+        saves_on_exception = isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False)
+        if mesh.world_size > 1 and (isinstance(callback, OnExceptionCheckpoint) or saves_on_exception):
+            allowed = "ModelCheckpoint(every_n_train_steps=...), save_on_exception=False"
+            why = "all ranks write a checkpoint together, and after an exception on one of them the others would wait"
+        if why:
+            raise ConfigError("trainer.callbacks", type(callback).__name__, allowed, why)
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule) -> None:
+    """Refuse optimizers whose steps would differ between ranks.
+
+    Raises:
+        ConfigError: Names the optimizer, and the parameter where it is one.
+    """
+    own = set(module.parameters())
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "configure_optimizers",
+                name,
+                "an optimizer that treats parameters separately, such as AdamW or SGD",
+                "it takes inner products over the parameters of a rank, which are different experts on each",
+            )
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter not in own:  # each rank would train it by itself
+                raise ConfigError(
+                    f"configure_optimizers: {name}",
+                    f"a parameter of shape {tuple(parameter.shape)} outside of the module",
+                    "parameters of the LightningModule",
+                    "assign it to an attribute of the module; keep lists of parameters in an nn.ParameterList",
+                )
+
+
+def check_training_lengths(num_batches: float, mesh: ParallelMesh) -> None:
+    """Refuse training loops of different lengths: the shorter rank would leave the others waiting; a collective call.
+
+    Raises:
+        ConfigError: Gives the number of batches on every rank.
+    """
+    lengths: list[float] = _gather(num_batches, mesh)
+    if len(set(lengths)) > 1:
+        raise ConfigError(
+            "train_dataloader",
+            f"{lengths} batches on ranks 0..{len(lengths) - 1}",
+            "the same number of batches on every rank",
+            "let Lightning inject its DistributedSampler, drop the last incomplete round, or set "
+            "trainer.limit_train_batches",
+        )
+
+
+def check_evaluation_lengths(dataloader: object, mesh: ParallelMesh) -> None:
+    """Refuse an evaluation loader that leaves a rank without any batch; a collective call.
+
+    Lightning skips the loop on such a rank, which then serves its experts to nobody.
+
+    Raises:
+        ConfigError: Gives the number of batches on every rank.
+    """
+    if not _has_len(dataloader):
+        return
+    lengths: list[int] = _gather(len(dataloader), mesh)
+    if any(lengths) and not all(lengths):
+        raise ConfigError(
+            "dataloader",
+            f"{lengths} batches on ranks 0..{len(lengths) - 1}",
+            "at least one batch on every rank",
+            "evaluate on fewer devices, or on more samples: a rank without a batch cannot serve its experts",
+        )
+
+
+def _gather(value: Any, mesh: ParallelMesh) -> list[Any]:
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _has_len(dataloader: object) -> TypeGuard[Sized]:
+    """Whether the number of batches is known; iterable data sets have a ``__len__`` that raises."""
+    try:
+        len(dataloader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return False
+    return True
