@@ -138,6 +138,55 @@ def test_ranks_that_reach_parameters_in_different_orders(ranks: RankPool) -> Non
         torch.testing.assert_close(ours, layer.weight.grad / 2, rtol=1e-6, atol=1e-6)
 
 
+def record_backward(orders: list[list[int]]) -> list[str]:
+    """What happens in one backward pass, with one bucket per layer: gradients arrive, and buckets are reduced."""
+    mesh = ParallelMesh.build(ParallelConfig())
+    torch.manual_seed(0)
+    module = Chain()
+    events: list[str] = []
+    reduced: list[Tensor] = []
+    for i, layer in enumerate(module.layers):
+        # A hook on the tensor runs before the gradient is accumulated, so before the reducer hears of it.
+        layer.weight.register_hook(lambda _, i=i: events.append(f"gradient {i}"))  # type: ignore[operator, misc]
+    reducer = GradientReducer(module, mesh, 1)
+    original = dist.all_reduce
+
+    def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        events.append("reduce" if kwargs.get("async_op") else "wait for a reduction")
+        reduced.append(tensor)
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = recorded
+    try:
+        reducer.arm()
+        module(torch.ones(2, 4), orders[dist.get_rank()]).sum().backward()
+        events.append("end of backward")
+        reducer.finish()
+    finally:
+        dist.all_reduce = original
+    # A gradient is a view of the bucket it was reduced in.
+    layer_of = {layer.weight.grad.untyped_storage().data_ptr(): i for i, layer in enumerate(module.layers)}  # type: ignore[union-attr, operator]
+    numbers = iter(layer_of[tensor.untyped_storage().data_ptr()] for tensor in reduced)
+    return [f"{event} {next(numbers)}" if event == "reduce" else event for event in events]
+
+
+def test_buckets_are_reduced_during_backward_and_in_one_order(ranks: RankPool) -> None:
+    """Each as soon as it is complete, but none before the one ahead of it, whatever a rank reaches first."""
+    natural = [0, 1, 2, 3, 4, 5]
+    delayed = [0, 5, 1, 2, 3, 4]  # backward reaches layer 5, whose bucket goes first, almost last
+    first, second = ranks.run(2, record_backward, [natural, delayed])
+    assert first == [event for i in reversed(natural) for event in (f"gradient {i}", f"reduce {i}")] + [
+        "end of backward"
+    ]
+    assert second == [
+        *(f"gradient {i}" for i in (4, 3, 2, 1, 5)),
+        *(f"reduce {i}" for i in (5, 4, 3, 2, 1)),
+        "gradient 0",
+        "reduce 0",
+        "end of backward",
+    ]
+
+
 def unfreeze_later() -> float:
     mesh = ParallelMesh.build(ParallelConfig())
     module = Two(mesh)

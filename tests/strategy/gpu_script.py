@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 
+from tests.strategy.test_checkpoint import fit
 from tests.strategy.tiny import Sequences, TinyMoE, train, trainer
 
 DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
@@ -27,17 +28,29 @@ def predict(world_size: int, expert: int) -> dict[int, Any]:
     return {index: out for part in parts for index, out in part.items()}
 
 
+def resume(world_size: int, expert: int, folder: str) -> list[list[float]]:
+    """Losses of a run of four steps, and of one that resumes from its checkpoint after two."""
+    gpu: dict[str, Any] = {"accelerator": "gpu"}
+    whole = fit(world_size, expert, f"{folder}/whole", 4, **gpu)
+    rest = fit(world_size, expert, f"{folder}/rest", 4, f"{folder}/whole/step=2.ckpt", **gpu)
+    return [whole["losses"], rest["losses"]]
+
+
 def main() -> None:
     """Run on every rank; rank 0 writes the result."""
     warnings.filterwarnings("ignore")
     expert, precision, output = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings: dict[str, Any] = {"dtype": DTYPES[precision], "precision": precision, "accelerator": "gpu"}
-    steps = 1 if "bf16" in precision else 6
-    run = train(world_size, expert, steps=steps, accumulate=2, gradient_clip_val=0.05, **settings)
+    if "bf16" in precision:  # one step of SGD: AdamW's first step is the sign of each gradient, rounded or not
+        settings |= {"steps": 1, "model": {"optimizer": "sgd"}}
+    else:
+        settings |= {"steps": 6}
+    run = train(world_size, expert, accumulate=2, gradient_clip_val=0.05, **settings)
     predictions = predict(world_size, expert) if precision == "32-true" else {}
+    resumed = resume(world_size, expert, f"{output}.checkpoints") if precision == "64-true" else []
     if int(os.environ.get("RANK", "0")) == 0:
-        torch.save({"run": run, "predictions": predictions}, output)
+        torch.save({"run": run, "predictions": predictions, "resumed": resumed}, output)
 
 
 if __name__ == "__main__":

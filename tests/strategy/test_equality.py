@@ -33,29 +33,54 @@ def parallel(ranks: RankPool, world_size: int, expert: int, **settings: Any) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("world_size", "expert"), TOPOLOGIES)
 def test_first_step_equals_single_process(ranks: RankPool, world_size: int, expert: int, dtype: torch.dtype) -> None:
-    """Loss and every gradient: one step, so that nothing can cancel or hide."""
-    settings = {"dtype": dtype, "steps": 1}
-    check_equal(parallel(ranks, world_size, expert, **settings), reference(ranks, **settings), TOLERANCE[dtype], 1e-4)
+    """Loss, every gradient and every weight: one step, so that nothing can cancel or hide.
+
+    With SGD, whose step is as exact as the gradient. Adam's first step is the gradient divided by its own size, so the
+    rounding of gradients that are nearly zero would count as much as the gradients that matter.
+    """
+    settings = {"dtype": dtype, "steps": 1, "model": {"optimizer": "sgd", "learning_rate": 0.5}}
+    check_equal(parallel(ranks, world_size, expert, **settings), reference(ranks, **settings), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("world_size", "expert"), [(2, 2), (4, 2)])
-def test_ten_adamw_steps_with_clipping_and_accumulation(ranks: RankPool, world_size: int, expert: int) -> None:
-    """Ten optimizer steps of three micro-batches; the window at the end of each epoch is short."""
-    settings = {"dtype": torch.float64, "steps": 10, "accumulate": 3, "gradient_clip_val": 0.05}
-    expected = reference(ranks, **settings)
-    norms = [torch.stack([g.norm() for g in grads.values() if g is not None]).norm() for grads in expected.grads]
-    assert min(norms) > 0.05, "clipping must be active or this shows nothing"
-    check_equal(parallel(ranks, world_size, expert, **settings), expected, 1e-12)
+TEN_STEPS: dict[str, Any] = {"steps": 10, "accumulate": 3, "gradient_clip_val": 0.05}
+"""AdamW on windows of three micro-batches; the last window of each epoch is short."""
 
 
-@pytest.mark.slow
+def ten_steps_reference(ranks: RankPool, dtype: torch.dtype) -> Run:
+    """The single process, in which every step has to be clipped and windows have to differ in length."""
+    run = reference(ranks, dtype=dtype, **TEN_STEPS)
+    assert min(run.gradient_norms()) > TEN_STEPS["gradient_clip_val"]
+    assert len(run.losses) == 2 * (4 * 3 + 1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def ten_steps_in_float64(ranks: RankPool) -> Run:
+    return ten_steps_reference(ranks, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def ten_steps_in_float32(ranks: RankPool) -> Run:
+    return ten_steps_reference(ranks, torch.float32)
+
+
 @pytest.mark.parametrize(("world_size", "expert"), TOPOLOGIES)
-def test_ten_adamw_steps_in_float32(ranks: RankPool, world_size: int, expert: int) -> None:
-    """Losses to 1e-6; Adam divides gradients by their own size, which makes rounding in small ones visible: 5e-5."""
-    settings: dict[str, Any] = {"steps": 10, "accumulate": 2, "gradient_clip_val": 0.05}
-    run, expected = parallel(ranks, world_size, expert, **settings), reference(ranks, **settings)
-    check_equal(run, expected, 1e-5, 5e-5)
-    assert max(abs(a - b) / abs(b) for a, b in zip(run.losses, expected.losses, strict=True)) <= 1e-6
+def test_ten_adamw_steps_in_float64(ranks: RankPool, ten_steps_in_float64: Run, world_size: int, expert: int) -> None:
+    """Losses, gradients and weights, with clipping and accumulation."""
+    run = parallel(ranks, world_size, expert, dtype=torch.float64, **TEN_STEPS)
+    check_equal(run, ten_steps_in_float64, 1e-12)
+
+
+@pytest.mark.parametrize(("world_size", "expert"), TOPOLOGIES)
+def test_ten_adamw_steps_in_float32(ranks: RankPool, ten_steps_in_float32: Run, world_size: int, expert: int) -> None:
+    """Losses to 1e-6; weights to 2e-5, and the gradients of later steps, which follow from the weights, to 1e-5.
+
+    Adam divides every gradient by its own running size, so an element whose gradient is nearly zero moves as far as all
+    others, by up to the learning rate, in a direction that rounding has a part in. Sums over ranks round differently
+    from sums in one process; that nothing but the order of summation is behind it shows in the same test in float64.
+    """
+    run = parallel(ranks, world_size, expert, **TEN_STEPS)
+    check_equal(run, ten_steps_in_float32, 1e-6, grad_tolerance=1e-5, weight_tolerance=2e-5)
 
 
 @pytest.mark.parametrize("balancing", ["none", "sequence", "global"])

@@ -40,9 +40,11 @@ def predict(world_size: int, expert: int, lengths: list[list[int]], streamed: bo
     return {int(i): out for batch in batches for i, out in zip(batch["index"], batch["output"], strict=True)}
 
 
-def validate(world_size: int, expert: int, lengths: list[list[int]]) -> float:
+def validate(world_size: int, expert: int, lengths: list[list[int]], rank: int | None = None) -> float:
+    """The logged loss; ``rank`` validates on that rank's samples in a single process."""
     run = trainer(world_size, expert, use_distributed_sampler=False)
-    (metrics,) = run.validate(TinyMoE(), _loaders(run.global_rank, lengths, False), verbose=False)
+    loaders = _loaders(run.global_rank if rank is None else rank, lengths, False)
+    (metrics,) = run.validate(TinyMoE(), loaders, verbose=False)
     return metrics["val_loss"]
 
 
@@ -93,47 +95,50 @@ def test_predict_with_lightnings_sampler(ranks: RankPool) -> None:
 
 
 def test_validate_with_unequal_batches(ranks: RankPool) -> None:
-    """The metric is that of all samples: ranks that only serve add nothing to it."""
-    # Lightning's own reduction of a logged mean is the mean over ranks of per-rank means.
-    metrics = ranks.run(2, validate, 2, 2, [[12], [4]], init_process_group=False)
-    first = ranks.run(1, validate, 1, 0, [[12]], init_process_group=False)[0]
-    assert metrics[0] == metrics[1]
-    assert metrics[0] != first
+    """The metric is that of all samples: a rank that only serves adds nothing to it, and no sample counts twice."""
+    lengths = [[12], [4]]
+    metrics = ranks.run(2, validate, 2, 2, lengths, init_process_group=False)
+    parts = [ranks.run(1, validate, 1, 0, lengths, rank, init_process_group=False)[0] for rank in range(2)]
+    # Lightning divides the ranks' mean sum of losses by their mean number of samples.
+    expected = (12 * parts[0] + 4 * parts[1]) / 16
+    assert abs(parts[0] - parts[1]) > 1e-2 * expected, "ranks with the same loss would hide a wrong weight"
+    assert metrics == pytest.approx([expected] * 2, rel=1e-6)
+    assert expected == pytest.approx(ranks.run(1, validate, 1, 0, [[16]], init_process_group=False)[0], rel=1e-6)
 
 
 class MultipleForwards(TinyMoE):
     """A data-dependent number of forward passes per batch, as in autoregressive generation."""
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
-        out = batch["input"]
-        for _ in range(1 + int(batch["index"][0]) % 3):
+        out, passes = batch["input"], 1 + int(batch["index"][0]) % 3
+        for _ in range(passes):
             out = self(out)[0]
-        return out
+        return {"index": batch["index"], "output": out, "passes": passes}
 
 
-def predict_many(world_size: int, expert: int, lengths: list[list[int]]) -> list[torch.Tensor]:
+def predict_many(world_size: int, expert: int, lengths: list[list[int]]) -> tuple[dict[int, Any], list[int]]:
+    """Outputs of this rank's samples, and the number of forward passes of each of its batches."""
     run = trainer(world_size, expert, use_distributed_sampler=False)
-    return run.predict(MultipleForwards(), _loaders(run.global_rank, lengths, False))  # type: ignore[return-value]
+    batches: Any = run.predict(MultipleForwards(), _loaders(run.global_rank, lengths, False))
+    outputs = {int(i): out for batch in batches for i, out in zip(batch["index"], batch["output"], strict=True)}
+    return outputs, [batch["passes"] for batch in batches]
 
 
-def test_numbers_of_forward_passes_may_differ(ranks: RankPool) -> None:
-    """Only at the end of the loop: within it ranks must still meet in every expert layer they call."""
-    results = ranks.run(
-        2,
-        predict_many,
-        2,
-        2,
-        [
-            [
-                4,
-            ],
-            [
-                4,
-            ],
-        ],
-        init_process_group=False,
-    )
-    assert [len(result) for result in results] == [1, 1]
+@pytest.mark.parametrize(
+    ("lengths", "passes"),
+    [([[4], [4]], [[1], [2]]), ([[4], [8]], [[1], [2, 3]]), ([[8], [8]], [[1, 2], [3, 1]])],
+    ids=["one batch", "unequal batches", "several batches"],
+)
+def test_numbers_of_forward_passes_may_differ(
+    ranks: RankPool, lengths: list[list[int]], passes: list[list[int]]
+) -> None:
+    """A rank's batches need not fall together with the others': it serves when it has no pass left to make."""
+    results = ranks.run(2, predict_many, 2, 2, lengths, init_process_group=False)
+    assert [made for _, made in results] == passes
+    total = sum(length for (length,) in lengths)
+    ((expected, made),) = ranks.run(1, predict_many, 1, 0, [[total]], init_process_group=False)
+    assert made == [each for rank in passes for each in rank]
+    _check_predictions([outputs for outputs, _ in results], expected)
 
 
 def fit_with_unequal_batches(world_size: int, expert: int) -> None:

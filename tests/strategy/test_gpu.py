@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategy.tiny import check_equal, relative_error
+from tests.strategy.tiny import check_equal, check_losses, relative_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,10 +47,7 @@ def test_nccl_equals_one_gpu(
     expert: int,
     tmp_path: Path,
 ) -> None:
-    """Losses, gradients, weights with accumulation and clipping; predictions in inference mode.
-
-    Six steps where rounding stays small; one in bfloat16, where AdamW turns it into different steps.
-    """
+    """Losses, gradients, weights with accumulation and clipping; predictions in inference mode; resuming."""
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
     result, expected = _run(world_size, expert, precision, tmp_path / "ranks.pt"), single(precision)
@@ -58,3 +55,7 @@ def test_nccl_equals_one_gpu(
     assert result["predictions"].keys() == expected["predictions"].keys()
     for index, out in result["predictions"].items():
         assert relative_error(out, expected["predictions"][index]) <= 1e-4
+    if precision == "64-true":
+        whole, rest = result["resumed"]
+        check_losses(whole, expected["resumed"][0], tolerance)
+        check_losses(rest, whole[2:], tolerance)

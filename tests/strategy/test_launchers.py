@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +13,85 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_moe import ConfigError, MoEStrategy, ParallelConfig
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from tests.distributed import RankPool
-from tests.strategy.launch_script import Data
-from tests.strategy.tiny import Recorder, TinyMoE, loader, relative_error, trainer
+from tests.strategy.launch_script import SETTINGS, Data
+from tests.strategy.tiny import Recorder, Run, TinyMoE, check_equal, loader, relative_error, trainer
 
 ROOT = Path(__file__).parents[2]
 
 
-def validate_single(steps: int) -> dict[str, Any]:
-    """The reference: one process, the same global batches."""
-    run = trainer(1, 0, precision="64-true", max_steps=steps, max_epochs=10)
+@dataclass
+class Result:
+    """What the training script left."""
+
+    run: Run
+    """Written by the ranks themselves at the end of the training."""
+    validate: dict[str, float]
+    """Metrics of ``validate`` after ``fit``, in the main process."""
+    weights: dict[str, torch.Tensor]
+    """The main process' weights after that."""
+
+
+def train_single() -> Result:
+    """The reference: Lightning in one process, the same global batches."""
+    recorder = Recorder()
+    run = trainer(1, 0, callbacks=[recorder], **SETTINGS)
     module = TinyMoE()
     run.fit(module, Data())
+    trained = recorder.run(run, module)
     (metrics,) = run.validate(module, Data(), verbose=False)
-    return {"validate": metrics, "weights": module.state_dict()}
+    return Result(trained, metrics, module.state_dict())
 
 
-def _run_script(strategy: str, output: Path, *command: str) -> dict[str, Any]:
+def _run_script(strategy: str, folder: Path, *command: str) -> Result:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = command or (sys.executable, "-m")
-    subprocess.run(
-        [*command, "tests.strategy.launch_script", strategy, str(output)],
-        check=True,
+    process = subprocess.run(
+        [*command, "tests.strategy.launch_script", strategy, str(folder)],
+        check=False,
         cwd=ROOT,
         env=environment,
         capture_output=True,
+        text=True,
         timeout=240,
     )
-    result: dict[str, Any] = torch.load(output, weights_only=True)
-    return result
+    assert process.returncode == 0, process.stderr[-4000:]
+    run, after = torch.load(folder / "run.pt", weights_only=True), torch.load(folder / "after.pt", weights_only=True)
+    return Result(Run(**run), **after)
+
+
+def _check(result: Result, expected: Result) -> None:
+    """The training has the numbers of the single process, and validation saw the weights it ended with."""
+    check_equal(result.run, expected.run, 1e-12)
+    # Lightning logs in float32.
+    assert result.validate["val_loss"] == pytest.approx(expected.validate["val_loss"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
-def expected(ranks: RankPool) -> dict[str, Any]:
-    result: dict[str, Any] = ranks.run(1, validate_single, 3, init_process_group=False)[0]
+def expected(ranks: RankPool) -> Result:
+    result: Result = ranks.run(1, train_single, init_process_group=False)[0]
+    assert min(result.run.gradient_norms()) > SETTINGS["gradient_clip_val"], "every step has to be clipped"
+    assert len(result.run.grads) == 10
+    assert len(result.run.losses) == 20, "every second window has to be short"
     return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["popen", "spawn", "fork"])
-def test_start_methods(start_method: str, expected: dict[str, Any], tmp_path: Path) -> None:
+def test_start_methods(start_method: str, expected: Result, tmp_path: Path) -> None:
     """Validation after fit sees the trained weights, though spawn and fork train in processes that are gone."""
-    result = _run_script(start_method, tmp_path / "result.pt")
-    assert result["validate"]["val_loss"] == pytest.approx(expected["validate"]["val_loss"], rel=1e-6)
-    for name, value in result["weights"].items():
-        whole = expected["weights"][name]
+    result = _run_script(start_method, tmp_path)
+    _check(result, expected)
+    assert result.weights.keys() == expected.weights.keys()
+    for name, value in result.weights.items():
+        whole = expected.weights[name]
         if value.shape == whole.shape:
             assert relative_error(value, whole) <= 1e-12, name
         else:  # with popen the main process is rank 0 and keeps its own experts
@@ -70,18 +100,43 @@ def test_start_methods(start_method: str, expected: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_torchrun(expected: dict[str, Any], tmp_path: Path) -> None:
+def test_torchrun(expected: Result, tmp_path: Path) -> None:
     """Ranks started by torchrun are joined, not launched again."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m")
-    result = _run_script("popen", tmp_path / "result.pt", *torchrun)
-    assert result["validate"]["val_loss"] == pytest.approx(expected["validate"]["val_loss"], rel=1e-6)
+    _check(_run_script("popen", tmp_path, *torchrun), expected)
 
 
 @pytest.mark.slow
-def test_registered_name(expected: dict[str, Any], tmp_path: Path) -> None:
+def test_registered_name(expected: Result, tmp_path: Path) -> None:
     """``strategy="moe_spawn"`` is plain data parallelism over all devices."""
-    result = _run_script("moe_spawn", tmp_path / "result.pt")
-    assert result["validate"]["val_loss"] == pytest.approx(expected["validate"]["val_loss"], rel=1e-6)
+    _check(_run_script("moe_spawn", tmp_path), expected)
+
+
+CONFIG_FILE = """
+trainer:
+  accelerator: cpu
+  devices: 4
+  logger: false
+  strategy:
+    class_path: lightning_moe.MoEStrategy
+    init_args:
+      parallel:
+        expert: 2
+      start_method: fork
+"""
+
+
+def test_strategy_from_a_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own command line builds the strategy from ``class_path`` and ``init_args``, nested sizes included."""
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG_FILE)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(file)])
+    strategy = LightningCLI(BoringModel, run=False, seed_everything_default=False).trainer.strategy
+    assert type(strategy) is MoEStrategy
+    assert strategy.parallel == ParallelConfig(expert=2)
+    assert strategy.num_processes == 4
+    assert isinstance(strategy.launcher, ShardedMultiProcessingLauncher)
+    assert strategy.launcher._start_method == "fork"
 
 
 def test_registry_names() -> None:

@@ -102,6 +102,23 @@ def loader(
     return DataLoader(Sequences(length, dtype), batch_size=global_batch // world_size, sampler=sampler)
 
 
+@dataclass
+class Run:
+    """What a training run left: global losses, whole gradients and whole weights."""
+
+    losses: list[float]
+    grads: list[dict[str, Tensor | None]]
+    weights: dict[str, Tensor]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def gradient_norms(self) -> list[float]:
+        """Global norm of the gradients of every step, before clipping."""
+        return [
+            float(torch.stack([grad.norm() for grad in grads.values() if grad is not None]).norm())
+            for grads in self.grads
+        ]
+
+
 class Recorder(pl.Callback):
     """Local loss of every micro-batch, and gradients before clipping and the whole weights at every step."""
 
@@ -114,6 +131,21 @@ class Recorder(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, module: pl.LightningModule, optimizer: Any) -> None:
         self.grads.append({name: whole(module, name, p.grad) for name, p in module.named_parameters()})
+
+    def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> Run:
+        """The run as the single process would see it; call it on all ranks."""
+        losses = self.losses
+        if dist.is_initialized():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, losses)
+            losses = [sum(values) / len(values) for values in zip(*gathered, strict=True)]
+        weights = {name: whole(module, name, value) for name, value in module.state_dict().items()}
+        return Run(
+            losses,
+            self.grads,
+            {name: value for name, value in weights.items() if value is not None},
+            {key: float(value) for key, value in trainer.callback_metrics.items()},
+        )
 
 
 def whole(module: nn.Module, name: str, local: Tensor | None) -> Tensor | None:
@@ -138,16 +170,6 @@ def whole(module: nn.Module, name: str, local: Tensor | None) -> Tensor | None:
             assert logical not in slices or torch.equal(slices[logical], value), f"{name}[{logical}]: replicas differ"
             slices[logical] = value
     return torch.stack([slices[i] for i in range(spec.size)], dim=spec.dim)
-
-
-@dataclass
-class Run:
-    """What a training run left: global losses, whole gradients and whole weights."""
-
-    losses: list[float]
-    grads: list[dict[str, Tensor | None]]
-    weights: dict[str, Tensor]
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def trainer(world_size: int, expert: int, **settings: Any) -> pl.Trainer:
@@ -197,18 +219,7 @@ def train(
     # With accumulation each epoch ends in a short window, of one batch.
     batches = accumulate * 4 + (accumulate > 1)
     run.fit(lightning_module, loader(global_batch * batches, global_batch, world_size, rank, dtype))
-    losses = recorder.losses
-    if world_size > 1:
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, losses)
-        losses = [sum(values) / world_size for values in zip(*gathered, strict=True)]
-    weights = {name: whole(lightning_module, name, value) for name, value in lightning_module.state_dict().items()}
-    return Run(
-        losses,
-        recorder.grads,
-        {name: value for name, value in weights.items() if value is not None},
-        {key: float(value) for key, value in run.callback_metrics.items()},
-    )
+    return recorder.run(run, lightning_module)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -217,8 +228,24 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).abs().max() / scale)
 
 
-def check_equal(run: Run, reference: Run, tolerance: float, weight_tolerance: float | None = None) -> None:
-    """Compare two runs: every loss, every gradient of every step, and the final weights."""
+def check_equal(
+    run: Run,
+    reference: Run,
+    tolerance: float,
+    *,
+    grad_tolerance: float | None = None,
+    weight_tolerance: float | None = None,
+) -> None:
+    """Compare two runs: every loss, every gradient of every step, and the final weights.
+
+    Args:
+        run: The run in question.
+        reference: What it has to be equal to.
+        tolerance: Largest relative error of anything without a tolerance of its own.
+        grad_tolerance: Largest relative error of a gradient.
+        weight_tolerance: Largest relative error of a weight.
+    """
+    grad_tolerance, weight_tolerance = grad_tolerance or tolerance, weight_tolerance or tolerance
     check_losses(run.losses, reference.losses, tolerance)
     assert len(run.grads) == len(reference.grads) > 0
     for step, (grads, expected) in enumerate(zip(run.grads, reference.grads, strict=True)):
@@ -227,11 +254,12 @@ def check_equal(run: Run, reference: Run, tolerance: float, weight_tolerance: fl
             assert (value is None) == (expected[name] is None), f"step {step}, {name}"
             if value is not None:
                 error = relative_error(value, expected[name])  # type: ignore[arg-type]
-                assert error <= tolerance, f"step {step}, gradient of {name}: relative error {error:.1e}"
+                assert error <= grad_tolerance, f"step {step}, gradient of {name}: relative error {error:.1e}"
+    assert run.weights.keys() == reference.weights.keys()
     for name, value in run.weights.items():
         if value.is_floating_point():
             error = relative_error(value, reference.weights[name])
-            assert error <= (weight_tolerance or tolerance), f"{name}: relative error {error:.1e}"
+            assert error <= weight_tolerance, f"{name}: relative error {error:.1e}"
 
 
 def check_losses(losses: Sequence[float], reference: Sequence[float], tolerance: float) -> None:
