@@ -171,6 +171,11 @@ class MeshStrategy(ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if isinstance(tensor, Tensor):
+            averages = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+            if averages and not (tensor.is_floating_point() or tensor.is_complex()):
+                # Lightning divides in place and so drops the fraction; it averages its integer sample counts, which
+                # makes every logged mean wrong as soon as ranks have different numbers of samples.
+                tensor = tensor.double()
             return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
         return tensor
 

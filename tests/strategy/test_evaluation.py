@@ -94,16 +94,18 @@ def test_predict_with_lightnings_sampler(ranks: RankPool) -> None:
     _check_predictions(results, ranks.run(1, predict, 1, 0, [[9]], init_process_group=False)[0])
 
 
-def test_validate_with_unequal_batches(ranks: RankPool) -> None:
+@pytest.mark.parametrize(("first", "second"), [(12, 4), (12, 3)], ids=["even total", "odd total"])
+def test_validate_with_unequal_batches(ranks: RankPool, first: int, second: int) -> None:
     """The metric is that of all samples: a rank that only serves adds nothing to it, and no sample counts twice."""
-    lengths = [[12], [4]]
+    lengths = [[first], [second]]
     metrics = ranks.run(2, validate, 2, 2, lengths, init_process_group=False)
     parts = [ranks.run(1, validate, 1, 0, lengths, rank, init_process_group=False)[0] for rank in range(2)]
     # Lightning divides the ranks' mean sum of losses by their mean number of samples.
-    expected = (12 * parts[0] + 4 * parts[1]) / 16
+    expected = (first * parts[0] + second * parts[1]) / (first + second)
     assert abs(parts[0] - parts[1]) > 1e-2 * expected, "ranks with the same loss would hide a wrong weight"
     assert metrics == pytest.approx([expected] * 2, rel=1e-6)
-    assert expected == pytest.approx(ranks.run(1, validate, 1, 0, [[16]], init_process_group=False)[0], rel=1e-6)
+    single = ranks.run(1, validate, 1, 0, [[first + second]], init_process_group=False)[0]
+    assert expected == pytest.approx(single, rel=1e-6)
 
 
 class MultipleForwards(TinyMoE):
