@@ -55,7 +55,7 @@ $(STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
 	@$(HAS_TORCH)
-	$(INSTALL) -e '.[chronos,test]'
+	$(INSTALL) -e '.[chronos,docs,test]'
 	rm -f $(VENV)/.stamp-*
 	touch $@
 
