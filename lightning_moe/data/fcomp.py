@@ -14,21 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from lightning_moe.config.series import HORIZONS
 from lightning_moe.data.time_series import Series
 from lightning_moe.errors import ConfigError
 
-DATASETS: tuple[str, ...] = (
-    "m1_yearly",
-    "m1_quarterly",
-    "m1_monthly",
-    "m3_yearly",
-    "m3_quarterly",
-    "m3_monthly",
-    "m3_other",
-    "tourism_yearly",
-    "tourism_quarterly",
-    "tourism_monthly",
-)
+DATASETS: tuple[str, ...] = tuple(HORIZONS)
 """Names of the data sets: the competition and the sampling frequency."""
 
 
