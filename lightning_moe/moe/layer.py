@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_moe.config.moe import MoEConfig
+from lightning_moe.config.placement import ExpertPlacement
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe import balance
 from lightning_moe.moe.capacity import expert_capacity, within_capacity
@@ -19,7 +20,6 @@ from lightning_moe.moe.choices import count_choices
 from lightning_moe.moe.dispatch import RowCounts, combine, dispatch, plan_dispatch
 from lightning_moe.moe.experts import GroupedExperts, compute_dtype
 from lightning_moe.moe.participation import announce_call
-from lightning_moe.moe.placement import ExpertPlacement
 from lightning_moe.moe.router import Routing, TopKRouter
 from lightning_moe.moe.shared_expert import SharedExpert
 from lightning_moe.parallel.mesh import ParallelMesh

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_moe.config.placement import ExpertPlacement
 from lightning_moe.errors import ConfigError
-from lightning_moe.moe.placement import ExpertPlacement
 
 
 @st.composite
@@ -58,5 +58,5 @@ def test_refuses(num_experts: int, ranks: int, order: tuple[int, ...] | None, fi
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, lightning_moe.moe.placement; sys.exit('torch' in sys.modules)"
+    code = "import sys, lightning_moe.config.placement; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
