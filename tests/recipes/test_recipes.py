@@ -39,14 +39,14 @@ def test_recipe_passes_the_check(recipe: Path) -> None:
 def test_table_of_recipes_is_true(recipe: Path) -> None:
     values, row = load_yaml(recipe).values, row_of(recipe)
     config = config_from_dict(values["model"]["init_args"]["config"])
-    assert config.moe is not None
     model = ChronosMoE(config).network()
+    experts = f"{config.moe.num_experts} experts (top-{config.moe.top_k})" if config.moe else "dense"
     sizes = summarize(check([str(recipe)]).recipe)
     windows = values["data"]["init_args"]["batch_size"] * sizes["data"]
     for text in (
         f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters",
         f"{config.num_layers} layers",
-        f"{config.moe.num_experts} experts (top-{config.moe.top_k})",
+        experts,
         f"context {config.context_length}, horizon {config.prediction_length}, patch {config.patch_length}",
         f"{sizes['world_size']} on CPU",
         f"`expert: {sizes['expert']}`",
