@@ -11,10 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_moe.config import ChronosMoEConfig, MoEConfig, OptimizerConfig, ParallelConfig
-    from lightning_moe.data import SeriesDataModule
+    from lightning_moe.config import (
+        ChronosMoEConfig,
+        GPTMoEConfig,
+        MoEConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RopeScaling,
+        TextConfig,
+    )
+    from lightning_moe.data import SeriesDataModule, TextDataModule
     from lightning_moe.errors import ConfigError
     from lightning_moe.models.chronos_moe import ChronosMoE
+    from lightning_moe.models.gpt_moe import GPTMoE
     from lightning_moe.moe import MoELayer
     from lightning_moe.parallel.mesh import ParallelMesh
     from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec, shard_specs
@@ -26,14 +35,19 @@ __all__ = [
     "ChronosMoE",
     "ChronosMoEConfig",
     "ConfigError",
+    "GPTMoE",
+    "GPTMoEConfig",
     "MoEConfig",
     "MoELayer",
     "MoEStrategy",
     "OptimizerConfig",
     "ParallelConfig",
     "ParallelMesh",
+    "RopeScaling",
     "SeriesDataModule",
     "ShardSpec",
+    "TextConfig",
+    "TextDataModule",
     "__version__",
     "set_shard_spec",
     "shard_specs",
@@ -43,7 +57,15 @@ __all__ = [
 def _home_of(name: str) -> str | None:
     """Return the module that defines a public name."""
     match name:
-        case "ChronosMoEConfig" | "MoEConfig" | "OptimizerConfig" | "ParallelConfig":
+        case (
+            "ChronosMoEConfig"
+            | "GPTMoEConfig"
+            | "MoEConfig"
+            | "OptimizerConfig"
+            | "ParallelConfig"
+            | "RopeScaling"
+            | "TextConfig"
+        ):
             return "lightning_moe.config"
         case "ConfigError":
             return "lightning_moe.errors"
@@ -55,7 +77,9 @@ def _home_of(name: str) -> str | None:
             return "lightning_moe.moe"
         case "ChronosMoE":
             return "lightning_moe.models.chronos_moe"
-        case "SeriesDataModule":
+        case "GPTMoE":
+            return "lightning_moe.models.gpt_moe"
+        case "SeriesDataModule" | "TextDataModule":
             return "lightning_moe.data"
         case "MoEStrategy":
             return "lightning_moe.strategy"

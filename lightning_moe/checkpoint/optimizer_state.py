@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_moe.checkpoint.shards import LogicalShard
 from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.sharding import ShardSpec, sharded_parameters
-from lightning_moe.parallel.state import local_part
+from lightning_moe.parallel.sharding import ShardSpecs, local_part, sharded_parameters
 
 NamedState = dict[str, dict[str, Any]]
 """``{parameter name: {"exp_avg": tensor, "step": tensor, ...}}``."""
@@ -66,35 +65,55 @@ def mark_sharded(state: NamedState, module: nn.Module) -> NamedState:
     Raises:
         ConfigError: A value of a sharded parameter differs between ranks in a way that no file can hold.
     """
-    parameters = {name: (parameter, spec) for name, parameter, spec in sharded_parameters(module)}
+    parameters = {name: (parameter, specs) for name, parameter, specs in sharded_parameters(module)}
     marked: NamedState = {}
     for name, values in state.items():
-        parameter, spec = parameters[name]
-        marked[name] = dict(values) if spec is None else _mark(name, values, parameter, spec)
+        parameter, specs = parameters[name]
+        marked[name] = _mark(name, values, parameter, specs) if specs else dict(values)
     return marked
 
 
-def _mark(name: str, values: Mapping[str, Any], parameter: Tensor, spec: ShardSpec) -> dict[str, Any]:
+def _mark(name: str, values: Mapping[str, Any], parameter: Tensor, specs: ShardSpecs) -> dict[str, Any]:
     marked = dict(values)
     for key, value in values.items():
         if not isinstance(value, Tensor):
             continue
-        if _follows(tuple(value.shape), parameter, spec.dim, len(spec.index)):
-            marked[key] = LogicalShard.wrap(value, spec)
+        follows = _following(tuple(value.shape), parameter, specs, whole=False)
+        if follows is not None:
+            marked[key] = LogicalShard.wrap(value, follows)
         elif value.numel() != 1:
             # Saved as a replicated value, it would be one rank's, and the others would lose theirs without an error.
             raise ConfigError(
                 f"optimizer state {key!r} of {name}",
                 tuple(value.shape),
-                f"one value, or {len(spec.index)} along dim {spec.dim} as in the parameter {tuple(parameter.shape)}",
-                "this optimizer mixes the experts of a rank; use one that treats them separately",
+                "one value, or "
+                + " and ".join(f"{len(spec.index)} along dim {spec.dim}" for spec in specs)
+                + f" as in the parameter {tuple(parameter.shape)}",
+                "this optimizer mixes the shards of a rank; use one that treats elements separately",
             )
     return marked
 
 
-def _follows(shape: tuple[int, ...], parameter: Tensor, dim: int, length: int) -> bool:
-    """Whether a state tensor of this shape is sharded like its parameter, of which ``length`` positions are meant."""
-    return len(shape) == parameter.dim() and shape[dim] == length
+def _following(shape: tuple[int, ...], parameter: Tensor, specs: ShardSpecs, *, whole: bool) -> ShardSpecs | None:
+    """The specs by which a state tensor of this shape is sharded like its parameter; None if it is not.
+
+    A dim that no rank splits may have another length, as in Adafactor's row and column statistics.
+
+    Args:
+        shape: Shape of the state tensor.
+        parameter: The local parameter.
+        specs: Its specs.
+        whole: Whether ``shape`` is that of the whole state, not of this rank's part.
+    """
+    if len(shape) != parameter.dim():
+        return None
+    follows = []
+    for spec in specs:
+        if shape[spec.dim] == (spec.size if whole else len(spec.index)):
+            follows.append(spec)
+        elif not spec.is_whole:
+            return None
+    return tuple(follows)
 
 
 def unmark_sharded(state: NamedState) -> NamedState:
@@ -108,10 +127,10 @@ def unmark_sharded(state: NamedState) -> NamedState:
 def cut_state(state: NamedState, module: nn.Module) -> NamedState:
     """This rank's part of a state of whole tensors."""
     cut: NamedState = {}
-    for name, parameter, spec in sharded_parameters(module):
+    for name, parameter, specs in sharded_parameters(module):
         for key, value in state.get(name, {}).items():
             sharded = isinstance(value, Tensor) and value.dim() == parameter.dim()
-            cut.setdefault(name, {})[key] = local_part(value, spec) if sharded else value
+            cut.setdefault(name, {})[key] = local_part(value, specs) if sharded else value
     return cut
 
 
@@ -125,22 +144,25 @@ def empty_state(section: str, optimizer: Optimizer, metadata: Metadata, module: 
         module: Module that the parameters belong to.
     """
     own = set(_names(optimizer, module))
-    parameters = {name: (parameter, spec) for name, parameter, spec in sharded_parameters(module) if name in own}
+    parameters = {name: (parameter, specs) for name, parameter, specs in sharded_parameters(module) if name in own}
     state: NamedState = {}
     for key, entry in metadata.state_dict_metadata.items():
         path = metadata.planner_data[key]
         if tuple(path[:2]) != (section, "state") or path[2] not in parameters:
             continue
         name, field = str(path[2]), str(path[3])
-        parameter, spec = parameters[name]
+        parameter, specs = parameters[name]
         values = state.setdefault(name, {})
         if not isinstance(entry, TensorStorageMetadata):
             values[field] = None  # DCP puts the object that it reads here
-        elif spec is not None and _follows(tuple(entry.size), parameter, spec.dim, spec.size):
+            continue
+        follows = _following(tuple(entry.size), parameter, specs, whole=True)
+        if follows:
             shape = list(entry.size)
-            shape[spec.dim] = len(spec.index)
+            for spec in follows:
+                shape[spec.dim] = len(spec.index)
             empty = torch.empty(shape, dtype=entry.properties.dtype, device=parameter.device)
-            values[field] = LogicalShard.wrap(empty, spec)
+            values[field] = LogicalShard.wrap(empty, follows)
         else:
             values[field] = torch.empty(entry.size, dtype=entry.properties.dtype)
     return state

@@ -30,10 +30,9 @@ from lightning_moe.checkpoint.optimizer_state import (
     number_optimizer_state,
     unmark_sharded,
 )
-from lightning_moe.checkpoint.shards import LogicalShard, to_logical, whole_shape
+from lightning_moe.checkpoint.shards import LogicalShard, to_logical
 from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.sharding import ShardSpec, state_dict_specs
-from lightning_moe.parallel.state import local_part
+from lightning_moe.parallel.sharding import ShardSpecs, local_part, state_dict_specs, whole_shape
 
 META_FILENAME = "meta.pt"
 _MODEL = "model"
@@ -72,7 +71,7 @@ def save_sharded(
     for key, section in _SECTIONS.items():
         if key in rest:
             values = rest.pop(key)
-            state[section] = {name: to_logical(v, specs.get(name)) for name, v in values.items() if _is_tensor(v)}
+            state[section] = {name: to_logical(v, specs.get(name, ())) for name, v in values.items() if _is_tensor(v)}
             if objects := {name: v for name, v in values.items() if not _is_tensor(v)}:
                 rest[_OBJECTS + key] = objects
     if "optimizer_states" in rest:
@@ -122,7 +121,7 @@ def load_sharded(
     for section in _SECTIONS.values():
         if section in saved:
             state[section] = {
-                name: to_logical(torch.empty_like(value), specs.get(name))
+                name: to_logical(torch.empty_like(value), specs.get(name, ()))
                 for name, value in template.items()
                 if name in saved[section]
             }
@@ -162,7 +161,10 @@ def localize(checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence
     for key in _SECTIONS:
         if key in checkpoint:
             whole = checkpoint[key] | checkpoint.pop(_OBJECTS + key, {})
-            checkpoint[key] = {name: local_part(value, specs.get(name)) for name, value in whole.items()}
+            checkpoint[key] = {
+                name: local_part(value, specs.get(name, ())) if _is_tensor(value) else value
+                for name, value in whole.items()
+            }
     groups = checkpoint.pop(_GROUPS, None)
     if optimizers and "optimizer_states" in checkpoint:
         states = []
@@ -197,7 +199,7 @@ def _load_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
 
 
 def _check_names(
-    path: Path, metadata: Metadata, template: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], strict: bool
+    path: Path, metadata: Metadata, template: Mapping[str, Tensor], specs: Mapping[str, ShardSpecs], strict: bool
 ) -> None:
     """Compare names and whole shapes with the file's before anything is read, so that the message can name them."""
     saved = {
@@ -209,11 +211,11 @@ def _check_names(
     if not strict:
         missing = unknown = []
     differing = [
-        f"{name}: {tuple(entry.size)} in the file, {whole_shape(template[name], specs.get(name))} in the model"
+        f"{name}: {tuple(entry.size)} in the file, {whole_shape(template[name], specs.get(name, ()))} in the model"
         for name, entry in saved.items()
         if name in template
         and isinstance(entry, TensorStorageMetadata)
-        and tuple(entry.size) != whole_shape(template[name], specs.get(name))
+        and tuple(entry.size) != whole_shape(template[name], specs.get(name, ()))
     ]
     if missing or unknown or differing:
         raise ConfigError(

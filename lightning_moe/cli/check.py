@@ -10,7 +10,7 @@ from typing import Any
 from lightning_moe.cli.arguments import is_setting, load_documents, split_arguments
 from lightning_moe.config.reader import KnownValues, UnknownValueError
 from lightning_moe.config.recipe import Verdict, check_recipe
-from lightning_moe.config.recipe_rules import model_config, parallel_config, world_size
+from lightning_moe.config.recipe_facts import model_config, parallel_config, world_size
 from lightning_moe.errors import ConfigError
 
 USAGE = """usage: lightning-moe check RECIPE.yaml [RECIPE.yaml ...] [--SETTING VALUE ...] [--json]

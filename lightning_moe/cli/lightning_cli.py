@@ -20,8 +20,7 @@ from rich.console import Console
 from typing_extensions import override
 
 import lightning_moe.strategy  # noqa: F401 (registers the strategy names "moe", "moe_spawn" and "moe_fork")
-from lightning_moe.cli.report import ForecastReport, Summary, print_summary
-from lightning_moe.cli.report.callback import SUMMARY_NAME, check_reportable
+from lightning_moe.cli.report import SUMMARY_NAME, Report, report_on
 from lightning_moe.errors import ConfigError
 
 
@@ -30,10 +29,12 @@ class TrainerCLI(LightningCLI):
 
     Attributes:
         outcome: Figures of the command for ``--json``, complete on rank 0 of commands without a report.
-        summary_path: The summary that a report has written; None without a report.
+        report: The kind of report that the recipe asks for; None without one.
+        summary_path: The summary that the report has written; None without a report.
     """
 
     outcome: dict[str, Any]
+    report: type[Report[Any, Any, Any]] | None = None
     summary_path: Path | None = None
 
     @override
@@ -42,7 +43,7 @@ class TrainerCLI(LightningCLI):
             "--report",
             type=bool,
             default=False,
-            help="Whether fit and test print the holdout scores beside those of known forecasters.",
+            help="Whether fit and test print scores on held-out data beside known ones, and write summary.json.",
         )
 
     @override
@@ -52,8 +53,8 @@ class TrainerCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        if self._reports:
-            check_reportable(self.model, self.datamodule)  # before the training, not after it
+        if self.subcommand in ("fit", "test") and self._get(self.config, "report"):
+            self.report = report_on(self.model, self.datamodule)  # refused before the training, not after it
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then test the best checkpoint and report on it, if the recipe asks for a report."""
@@ -62,7 +63,7 @@ class TrainerCLI(LightningCLI):
         self.trainer.fit(**kwargs)
         seconds = time.perf_counter() - started
         self._note("fit", seconds)
-        if self._reports:
+        if self.report is not None:
             saved = self.trainer.checkpoint_callback
             best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
             self._test_and_report("fit", folder, best or None, seconds, model=self.model, datamodule=self.datamodule)
@@ -75,7 +76,7 @@ class TrainerCLI(LightningCLI):
 
     def test(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Run the test set, and report on it if the recipe asks for a report."""
-        if self._reports:
+        if self.report is not None:
             self._test_and_report("test", self._run_folder(), ckpt_path, None, **kwargs)
             return
         started = time.perf_counter()
@@ -88,10 +89,6 @@ class TrainerCLI(LightningCLI):
         self.trainer.predict(**kwargs)
         self._note("predict", time.perf_counter() - started)
 
-    @property
-    def _reports(self) -> bool:
-        return self.subcommand in ("fit", "test") and bool(self._get(self.config, "report"))
-
     def _run_folder(self) -> Path:
         """The folder of this run; asked for before ranks start, so that all of them use the same version number."""
         return Path(self.trainer.log_dir or self.trainer.default_root_dir).resolve()
@@ -99,7 +96,8 @@ class TrainerCLI(LightningCLI):
     def _test_and_report(
         self, command: str, folder: Path, checkpoint: str | None, seconds: float | None, **kwargs: Any
     ) -> None:
-        self.trainer.callbacks.append(ForecastReport(command, checkpoint, seconds))  # type: ignore[attr-defined]
+        assert self.report is not None
+        self.trainer.callbacks.append(self.report(command, checkpoint, seconds))  # type: ignore[attr-defined]
         self.trainer.test(**kwargs | {"ckpt_path": checkpoint, "verbose": False})
         self.summary_path = folder / SUMMARY_NAME
 
@@ -138,15 +136,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _print_outcome(cli: TrainerCLI, as_json: bool) -> None:
-    if cli.summary_path is None:
+    if cli.report is None or cli.summary_path is None:
         if as_json:
             print(json.dumps(cli.outcome), flush=True)
         return
-    summary = Summary.read(cli.summary_path)
     # In a file or a pipe there is no width to fit into, and rich would assume 80 columns.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print()
-    print_summary(summary, console)
+    summary = cli.report.show(cli.summary_path, console)
     print(summary.as_json() if as_json else f"summary: {cli.summary_path}", flush=True)
 
 

@@ -11,6 +11,9 @@ from lightning_moe.errors import ConfigError
 class ParallelConfig:
     """How many ways each axis of the training run is split.
 
+    ``sequence_parallel`` has an effect with ``tensor`` > 1 only: activations between the layers whose weights are
+    split are then split by tokens (Korthikanti et al. 2022, arXiv:2205.05198) instead of being kept whole on each rank.
+
     The dense axes factor the world: ``pipeline * data * context * tensor == world_size``. The expert axes
     fold the same ranks a second way: ``expert_data * expert * expert_tensor == data * context * tensor``.
     """
@@ -27,10 +30,16 @@ class ParallelConfig:
     """Number of ranks that the experts of a layer are spread over."""
     expert_tensor: int = 1
     """Number of ranks that share the weight matrices of one expert."""
+    sequence_parallel: bool = True
+    """Whether tensor ranks share the tokens too, outside of attention and feed-forward layers."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sequence_parallel, bool):
+            raise ConfigError("parallel.sequence_parallel", self.sequence_parallel, "true or false")
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "sequence_parallel":
+                continue
             if field.name == "data" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -10,12 +10,14 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from lightning_moe.config.chronos import ChronosMoEConfig
+from lightning_moe.config.gpt import ActivationCheckpointing, GPTMoEConfig
 from lightning_moe.config.loader import Document
 from lightning_moe.config.optimizer import OptimizerConfig
-from lightning_moe.config.ranges import Rule, within
+from lightning_moe.config.ranges import Rule, at_least, within
 from lightning_moe.config.reader import Component, KnownValues, apply_rules, read_fields
 from lightning_moe.config.recipe_rules import RECIPE_RULES
 from lightning_moe.config.series import SeriesConfig
+from lightning_moe.config.text import TextConfig
 from lightning_moe.config.trainer import TrainerRecipe
 from lightning_moe.errors import ConfigError
 
@@ -30,16 +32,34 @@ class ChronosMoERecipe:
     """Optimizer and learning-rate schedule; null takes the defaults."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GPTMoERecipe:
+    """What a recipe may give under ``model.init_args`` for :class:`lightning_moe.GPTMoE`."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (at_least("loss_chunk_tokens", 1, "null computes the loss in one piece"),)
+
+    config: GPTMoEConfig | None = None
+    """Sizes and blocks of the model; null takes the defaults."""
+    optimizer: OptimizerConfig | None = None
+    """Optimizer and learning-rate schedule; null takes the defaults."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What is computed again in the backward pass instead of being kept: nothing, all but experts, or whole blocks."""
+    loss_chunk_tokens: int | None = 1024
+    """Number of tokens whose logits exist at a time; null means all of them."""
+    compile_blocks: bool = False
+    """Whether ``torch.compile`` compiles the attention and the dense feed-forward layer of each block."""
+
+
 class ModelComponent(Component):
     """A LightningModule by its class."""
 
-    known: ClassVar = MappingProxyType({"ChronosMoE": ChronosMoERecipe})
+    known: ClassVar = MappingProxyType({"ChronosMoE": ChronosMoERecipe, "GPTMoE": GPTMoERecipe})
 
 
 class DataComponent(Component):
     """A LightningDataModule by its class."""
 
-    known: ClassVar = MappingProxyType({"SeriesDataModule": SeriesConfig})
+    known: ClassVar = MappingProxyType({"SeriesDataModule": SeriesConfig, "TextDataModule": TextConfig})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +85,7 @@ class Recipe:
     weights_only: bool | None = None
     """Whether the checkpoint may hold nothing but weights and plain values."""
     report: bool = False
-    """Whether to test after training and to print the scores beside those of known forecasters."""
+    """Whether to test after training and to print the scores on held-out data beside known ones."""
 
 
 @dataclass(frozen=True)

@@ -8,42 +8,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_moe.config.chronos import ChronosMoEConfig
 from lightning_moe.config.optimizer import OptimizerConfig
-from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.ranges import Rule
-from lightning_moe.config.trainer import count_devices, full_precision_name
+from lightning_moe.config.recipe_facts import MODEL, STRATEGY, model_config, model_name, parallel_config, world_size
+from lightning_moe.config.recipe_gpt_rules import GPT_RECIPE_RULES
+from lightning_moe.config.trainer import full_precision_name
 from lightning_moe.errors import ConfigError
 
-_STRATEGY = "trainer.strategy.init_args"
-_MODEL = "model.init_args.config"
+
+def only_for(name: str, *rules: Rule) -> tuple[Rule, ...]:
+    """Restrict rules to recipes that train our model ``name``."""
+
+    def restrict(rule: Rule) -> Rule:
+        return lambda recipe: rule(recipe) if model_name(recipe) == name else None
+
+    return tuple(restrict(rule) for rule in rules)
 
 
-def world_size(recipe: Any) -> int | None:
-    """Return the number of ranks, or None when only the machine that runs the recipe knows it."""
-    devices = count_devices(recipe.trainer)
-    return None if devices is None else devices * int(recipe.trainer.num_nodes)
-
-
-def parallel_config(recipe: Any) -> ParallelConfig | None:
-    """Return the sizes of the parallel axes, or None when the strategy is not ours."""
-    strategy = recipe.trainer.strategy
-    if isinstance(strategy, str):
-        return ParallelConfig() if strategy in ("moe", "moe_spawn", "moe_fork") else None
-    if strategy.class_path.rpartition(".")[2] != "MoEStrategy":
+def has_no_stages(recipe: Any) -> ConfigError | None:
+    """The mesh has a pipeline axis, which nothing trains with."""
+    parallel = parallel_config(recipe)
+    size = 1 if parallel is None else parallel.pipeline
+    if size == 1:
         return None
-    sizes = strategy.init_args.parallel
-    return ParallelConfig() if sizes is None else ParallelConfig(**sizes.as_dict())
+    return ConfigError(f"{STRATEGY}.parallel.pipeline", size, "1", "this release trains without pipeline stages")
 
 
-def model_config(recipe: Any) -> Any:
-    """Return the settings of our model, defaults where the recipe gives none."""
-    config = recipe.model.init_args.config
-    return ChronosMoEConfig() if config is None else config
-
-
-def axes_are_trained(axis: str) -> Rule:
-    """Make the rule that an axis which this release does not train with has size one."""
+def chronos_is_not_split(axis: str) -> Rule:
+    """Make the rule that an axis which would split the dense layers of Chronos-MoE has size one."""
 
     def rule(recipe: Any) -> ConfigError | None:
         parallel = parallel_config(recipe)
@@ -51,10 +43,10 @@ def axes_are_trained(axis: str) -> Rule:
         if size == 1:
             return None
         return ConfigError(
-            f"{_STRATEGY}.parallel.{axis}",
+            f"{STRATEGY}.parallel.{axis}",
             size,
-            "1",
-            "this release trains with expert and data parallelism",
+            "1 with ChronosMoE",
+            "its dense layers are not split; spread its experts (expert, expert_tensor) and the data",
         )
 
     return rule
@@ -68,7 +60,7 @@ def axes_factor_the_world(recipe: Any) -> ConfigError | None:
     try:
         parallel.resolve(world)
     except ConfigError as problem:
-        return problem.under(_STRATEGY)
+        return problem.under(STRATEGY)
     return None
 
 
@@ -78,10 +70,23 @@ def expert_axis_divides_experts(recipe: Any) -> ConfigError | None:
     if parallel is None or moe is None or moe.num_experts % parallel.expert == 0:
         return None
     return ConfigError(
-        f"{_STRATEGY}.parallel.expert",
+        f"{STRATEGY}.parallel.expert",
         parallel.expert,
-        f"a divisor of {_MODEL}.moe.num_experts = {moe.num_experts}",
+        f"a divisor of {MODEL}.moe.num_experts = {moe.num_experts}",
         "every expert rank holds the same number of experts",
+    )
+
+
+def expert_tensor_axis_divides_experts(recipe: Any) -> ConfigError | None:
+    """Every rank that shares an expert holds an equal part of its inner width."""
+    parallel, moe = parallel_config(recipe), model_config(recipe).moe
+    if parallel is None or moe is None or moe.expert_hidden_size % parallel.expert_tensor == 0:
+        return None
+    return ConfigError(
+        f"{STRATEGY}.parallel.expert_tensor",
+        parallel.expert_tensor,
+        f"a divisor of {MODEL}.moe.expert_hidden_size = {moe.expert_hidden_size}",
+        "every rank that shares an expert holds an equal part of it",
     )
 
 
@@ -97,7 +102,7 @@ def lengths_agree(field: str) -> Rule:
         return ConfigError(
             f"data.init_args.{field}",
             given,
-            f"{needed}, the model's {_MODEL}.{field}",
+            f"{needed}, the model's {MODEL}.{field}",
             "set both to the same length",
         )
 
@@ -147,7 +152,7 @@ def backend_fits_device(recipe: Any) -> ConfigError | None:
     backend = strategy.init_args.process_group_backend
     if backend != "nccl":
         return None
-    return ConfigError(f"{_STRATEGY}.process_group_backend", backend, "gloo on CPU", "leave it out")
+    return ConfigError(f"{STRATEGY}.process_group_backend", backend, "gloo on CPU", "leave it out")
 
 
 def warmup_ends_before_training(recipe: Any) -> ConfigError | None:
@@ -165,14 +170,13 @@ def warmup_ends_before_training(recipe: Any) -> ConfigError | None:
 
 
 RECIPE_RULES: tuple[Rule, ...] = (
-    axes_are_trained("pipeline"),
-    axes_are_trained("context"),
-    axes_are_trained("tensor"),
-    axes_are_trained("expert_tensor"),
+    has_no_stages,
+    *only_for("ChronosMoE", chronos_is_not_split("context"), chronos_is_not_split("tensor")),
     axes_factor_the_world,
     expert_axis_divides_experts,
-    lengths_agree("context_length"),
-    lengths_agree("prediction_length"),
+    expert_tensor_axis_divides_experts,
+    *only_for("ChronosMoE", lengths_agree("context_length"), lengths_agree("prediction_length")),
+    *only_for("GPTMoE", *GPT_RECIPE_RULES),
     precision_fits_device,
     precision_is_parallel,
     backend_fits_device,

@@ -168,8 +168,3 @@ class FixedWindows(WindowDataset):
 
     def _locate(self, indices: Integers) -> tuple[Integers, Integers, Integers]:
         return self._series[indices], self._cut[indices], self._stop[indices]
-
-
-def as_fetched(batch: ForecastBatch) -> ForecastBatch:
-    """Collate function for datasets that fetch finished batches."""
-    return batch

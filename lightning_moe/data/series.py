@@ -11,10 +11,10 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from lightning_moe.data.datasets import FixedWindows, ForecastBatch, TrainingWindows, as_fetched
+from lightning_moe.data.datasets import FixedWindows, ForecastBatch, TrainingWindows
 from lightning_moe.data.fcomp import load_competitions
 from lightning_moe.data.frame import read_frame, series_from_frame
-from lightning_moe.data.loading import EpochSampler, ResumableDataLoader, ShardedSampler
+from lightning_moe.data.loading import EpochSampler, ResumableDataLoader, ShardedSampler, as_fetched, data_shard
 from lightning_moe.data.time_series import Series
 from lightning_moe.data.windows import FlatSeries
 from lightning_moe.errors import ConfigError
@@ -150,7 +150,7 @@ class SeriesDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[ForecastBatch]:
         """Return random windows of the training part; see :class:`~lightning_moe.data.ForecastBatch`."""
-        num_replicas, rank = self._shard()
+        num_replicas, rank = data_shard(self.trainer)
         dataset = TrainingWindows(
             **self._windows(self._training),
             length=self._training,
@@ -178,7 +178,7 @@ class SeriesDataModule(LightningDataModule):
         self, in_sample: Integers, series: Integers, *, cut: Integers, stop: Integers
     ) -> DataLoader[ForecastBatch]:
         dataset = FixedWindows(**self._windows(in_sample), series=series, cut=cut, stop=stop)
-        return DataLoader(dataset, sampler=ShardedSampler(dataset, *self._shard()), **self._loading())
+        return DataLoader(dataset, sampler=ShardedSampler(dataset, *data_shard(self.trainer)), **self._loading())
 
     def _windows(self, in_sample: Integers) -> dict[str, Any]:
         """Arguments common to all datasets; seasonal errors are those of the ``in_sample`` first values."""
@@ -201,11 +201,6 @@ class SeriesDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
         }
-
-    def _shard(self) -> tuple[int, int]:
-        """Number of data-parallel ranks, and which of them this is."""
-        shard = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return (1, 0) if shard is None else (shard["num_replicas"], shard["rank"])
 
     def _load(self) -> dict[str, list[Series]]:
         if self.path is not None:

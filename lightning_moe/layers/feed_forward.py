@@ -5,6 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.layers.linear import ColumnParallelLinear, RowParallelLinear
+from lightning_moe.layers.swiglu import swiglu
+from lightning_moe.layers.token_layout import TokenLayout
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import even_slice
+
 
 class FeedForward(nn.Module):
     """Bias-free ReLU feed-forward layer ``down(relu(up(x)))``, as in T5 and Chronos.
@@ -22,6 +29,42 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map ``[..., D]`` to ``[..., D]``."""
         out: Tensor = self.down_proj(F.relu(self.up_proj(hidden)))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """Bias-free feed-forward layer ``down(silu(gate(x)) * up(x))``, its inner width split over the axis ``tensor``.
+
+    Args:
+        hidden_size: Width ``D`` of the tokens.
+        ffn_hidden_size: Width ``F`` of the inner layer.
+        mesh: The parallel mesh.
+        init_std: Standard deviation of the initial gate and up projections; ``D^-0.5`` when None.
+        output_init_std: That of the down projection; ``F^-0.5`` when None.
+
+    Attributes:
+        gate_up_proj: Weight ``[2F / tensor, D]``: this rank's rows of the gate, then of the up projection.
+        down_proj: Weight ``[D, F / tensor]``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        mesh: ParallelMesh,
+        *,
+        init_std: float | None = None,
+        output_init_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        inner = even_slice(ffn_hidden_size, mesh, Axis.TENSOR)
+        index = (*inner, *(ffn_hidden_size + row for row in inner))
+        self.gate_up_proj = ColumnParallelLinear(hidden_size, 2 * ffn_hidden_size, mesh, index=index, init_std=init_std)
+        self.down_proj = RowParallelLinear(ffn_hidden_size, hidden_size, mesh, index=inner, init_std=output_init_std)
+
+    def forward(self, hidden: Tensor, layout: TokenLayout) -> Tensor:
+        """Map hidden states to hidden states, ``[T / tensor, D]`` or ``[T, D]`` as ``layout`` says."""
+        out: Tensor = self.down_proj(swiglu(self.gate_up_proj(hidden, layout)), layout)
         return out
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lightning_moe.config.rope import RopeScaling
 
 # [Note: no state for rotary tables]
 # The tables are computed once per forward pass and handed to every block. A buffer would be cast with the
@@ -39,12 +44,96 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: ``[..., head_size]``.
-        cos: Table that broadcasts against ``x``: ``[S, head_size]`` for ``[..., S, head_size]``.
+        cos: Table that broadcasts against ``x``: ``[S, head_size]`` for ``[..., S, head_size]``. Has no gradient.
         sin: Likewise.
 
     Returns:
         The shape and dtype of ``x``; computed in the tables' dtype.
     """
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x * cos + rotated * sin).to(x.dtype)
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    if torch.compiler.is_compiling():
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotates pairs of features; tables ``[..., H / 2]``. By hand it moves less than half the bytes of plain ops."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        out = torch.empty_like(x)
+        (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.sub(first * cos, second * sin, out=out_first)
+        torch.add(second * cos, first * sin, out=out_second)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        back: Tensor = _Rotate.apply(grad, cos, -sin)  # type: ignore[no-untyped-call]
+        return back, None, None
+
+
+def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
+    """Angles by which each pair of features turns from one position to the next.
+
+    Args:
+        head_size: Width ``H`` of one attention head; even.
+        theta: Base of the geometric series of wavelengths.
+        scaling: How to stretch the wavelengths for longer sequences; None leaves them.
+
+    Returns:
+        Frequencies in radians, float64 ``[H / 2]`` on the CPU, and the factor on cosines and sines.
+    """
+    assert head_size % 2 == 0, f"rotary embedding needs an even head size, got {head_size}"
+    frequencies = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu") / head_size)
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.type == "linear":
+        return frequencies / scaling.factor, 1.0
+    length = scaling.original_max_position_embeddings
+    assert length is not None, "a rule of RopeScaling"
+    # Share of each frequency that stays; the rest is stretched.
+    if scaling.type == "llama3":
+        # Linear in the number of turns over the original length, between the two factors.
+        turns = frequencies * length / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        factor = 1.0
+    else:
+        # Linear in the index of the pair, between those that turn beta_fast and beta_slow times (rounded outwards).
+        def pair_that_turns(times: float) -> float:
+            return head_size * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+        last = min(math.ceil(pair_that_turns(scaling.beta_slow)), head_size - 1)
+        pairs = torch.arange(head_size // 2, dtype=torch.float64, device="cpu")
+        kept = 1 - (pairs - first) / (last - first if last > first else 1e-3)
+        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    kept = kept.clamp(0.0, 1.0)
+    return frequencies * kept + frequencies / scaling.factor * (1 - kept), factor
+
+
+def rope_tables_at(
+    positions: Tensor, frequencies: Tensor, attention_factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles of given positions.
+
+    Args:
+        positions: int64 ``[..., S]``, e.g. ``[B, S]`` where sequences hold several documents.
+        frequencies: float64 ``[H / 2]`` of :func:`rope_frequencies`.
+        attention_factor: Likewise; both tables are multiplied by it.
+        dtype: Dtype of the model; the tables are float64 for a float64 model and float32 otherwise.
+
+    Returns:
+        ``(cos, sin)``, each ``[..., S, H]`` on the device of the positions; the second half of the columns repeats the
+        first.
+    """
+    # Angles grow with the position: in float32 they would be off by 0.004 at position 100,000.
+    angles = positions[..., None] * frequencies.to(positions.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    compute = torch.promote_types(dtype, torch.float32)
+    return (angles.cos() * attention_factor).to(compute), (angles.sin() * attention_factor).to(compute)

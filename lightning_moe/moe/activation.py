@@ -10,6 +10,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moe.layers.swiglu import swiglu
+
 Activation = Literal["swiglu", "gelu", "relu"]
 
 
@@ -27,6 +29,5 @@ def up_projection(activation: Activation, expert_hidden_size: int) -> tuple[str,
 def activate(projected: Tensor, activation: Activation) -> Tensor:
     """Apply the nonlinearity: ``[..., 2F]`` (SwiGLU, ``silu(gate) * up``) or ``[..., F]`` to ``[..., F]``."""
     if activation == "swiglu":
-        gate, up = projected.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return swiglu(projected)
     return F.gelu(projected) if activation == "gelu" else F.relu(projected)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.moe.choices import position_in_expert
+from lightning_moe.moe.rows import dot_choices, spread_grad, sum_choices, take_rows
 from lightning_moe.parallel.collectives import all_to_all
 
 
@@ -188,33 +189,18 @@ def _expert_major(received: Tensor, num_rows: int) -> tuple[Tensor | None, Tenso
     return to_expert_major, to_source_major
 
 
-def _take(values: Tensor, index: Tensor, present: Tensor | None) -> Tensor:
-    """``values[index]`` along dim 0, with zeros where ``present`` is False."""
-    if values.shape[0] == 0:  # nothing to read from: every entry is absent
-        return values.new_zeros((index.numel(), *values.shape[1:]))
-    taken = values.index_select(0, index)
-    if present is None:
-        return taken
-    return taken.masked_fill(~present.view(-1, *[1] * (values.dim() - 1)), 0)
-
-
 class _SendRows(torch.autograd.Function):
     """The send buffer ``[R, D]`` from tokens ``[T, D]``; backward adds up each token's gradients."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
-        return _take(tokens, plan.choice_of_row // plan.top_k, plan.row_filled)
+        return take_rows(tokens, plan.choice_of_row // plan.top_k, plan.row_filled)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         plan: DispatchPlan = ctx.plan
-        per_choice = _take(grad, plan.row_of_choice, plan.choice_sent)
-        per_choice = per_choice.view(plan.num_tokens, plan.top_k, grad.shape[-1])
-        total = per_choice[:, 0].to(torch.promote_types(grad.dtype, torch.float32))
-        for k in range(1, plan.top_k):
-            total = total + per_choice[:, k]
-        return total.to(grad.dtype), None
+        return sum_choices(grad, plan.row_of_choice, plan.choice_sent, None, plan.top_k, grad.dtype), None
 
 
 class _SumChoices(torch.autograd.Function):
@@ -224,12 +210,7 @@ class _SumChoices(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weights: Tensor, plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(rows, weights)
-        per_choice = _take(rows, plan.row_of_choice, plan.choice_sent)
-        per_choice = per_choice.view(plan.num_tokens, plan.top_k, rows.shape[-1])
-        total = weights[:, :1] * per_choice[:, 0]
-        for k in range(1, plan.top_k):
-            total = total + weights[:, k : k + 1] * per_choice[:, k]
-        return total.to(dtype)
+        return sum_choices(rows, plan.row_of_choice, plan.choice_sent, weights, plan.top_k, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -237,15 +218,9 @@ class _SumChoices(torch.autograd.Function):
         rows, weights = ctx.saved_tensors
         grad_rows = grad_weights = None
         if ctx.needs_input_grad[0]:
-            weight_of_row = _take(weights.flatten(), plan.choice_of_row, plan.row_filled)
-            grad_of_row = _take(grad, plan.choice_of_row // plan.top_k, plan.row_filled)
-            grad_rows = (weight_of_row[:, None] * grad_of_row).to(rows.dtype)
+            grad_rows = spread_grad(grad, weights, plan.choice_of_row, plan.row_filled, plan.top_k, rows.dtype)
         if ctx.needs_input_grad[1]:
-            per_choice = _take(rows, plan.row_of_choice, plan.choice_sent)
-            per_choice = per_choice.view(plan.num_tokens, plan.top_k, rows.shape[-1])
-            wide = grad.to(torch.promote_types(weights.dtype, rows.dtype))
-            columns = [(wide * per_choice[:, k]).sum(-1) for k in range(plan.top_k)]
-            grad_weights = torch.stack(columns, dim=1).to(weights.dtype)
+            grad_weights = dot_choices(grad, rows, plan.row_of_choice, plan.choice_sent, weights, plan.top_k)
         return grad_rows, grad_weights, None, None
 
 

@@ -44,7 +44,7 @@ def number_layers(layers: Sequence[MoELayer]) -> None:
     widest = max((layer.config.num_experts for layer in layers), default=0)
     for index, layer in enumerate(layers):
         layer.layer_index = index
-        layer.header_slots = widest
+        layer.header_experts = widest
 
 
 def announce_call(
@@ -57,7 +57,7 @@ def announce_call(
     Args:
         layer_index: Index of the calling layer.
         dtype: Dtype of its rows.
-        sizes: Rows that this rank sends to each slot, int64 ``[E]``.
+        sizes: Rows that this rank sends to each slot, int64 ``[slots]``.
         header_slots: Most slots of any layer in the group (see :func:`number_layers`).
         group: The expert group; None when this rank holds all experts.
 
@@ -117,7 +117,7 @@ def serve_until_idle(layers: Sequence[MoELayer]) -> int:
         if layer_index not in by_index:
             raise RuntimeError(f"other ranks call MoE layer {layer_index}; this rank serves {sorted(by_index)}")
         layer = by_index[layer_index]
-        layer.serve(dtype, _row_counts(headers, layer.config.num_experts))
+        layer.serve(dtype, _row_counts(headers, layer.num_slots))
         served += 1
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightning_moe.config.moe import MoEConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.choices import count_choices
+from lightning_moe.moe.routing_tape import RoutingTape, once
 
 # DeepSeek's guard against a row of sigmoids that all underflow. It vanishes beside any other sum, so it is
 # added for every kind of router.
@@ -76,29 +77,27 @@ class TopKRouter(nn.Module):
             self.expert_bias.zero_()
             self.tokens_since_update.zero_()
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Routing:
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, saved: RoutingTape | None = None) -> Routing:
         """Route the tokens.
 
         Args:
             hidden: ``[B, S, D]``, or ``[T, D]`` when tokens are routed by themselves.
             mask: Bool ``[B, S]`` or ``[T]``, True for real tokens; None for all.
+            saved: Tape of the checkpointed function that the call is part of: the choices of its first run are
+                repeated, and counted once.
 
         Raises:
             ConfigError: Routing by series got tokens that are not arranged in sequences.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self._logits(hidden, mask)
-            mask = None if mask is None else mask.flatten()
             probabilities = logits.softmax(-1) if self.config.router_score == "softmax" else logits.sigmoid()
-            experts = self._balanced_choice(logits, mask) if self.config.force_balance else self._choice(probabilities)
+            flat_mask = None if mask is None else mask.flatten()
+            experts, counts = once(saved, lambda: self._decide(logits, probabilities, flat_mask))
             weights = self._weights(logits, probabilities, experts)
             scores = probabilities
             if self.config.router_score == "sigmoid":
                 scores = probabilities / (probabilities.sum(-1, keepdim=True) + _TINY)
-        sent = None if mask is None else mask[:, None].expand_as(experts)
-        counts = count_choices(experts, self.config.num_experts, sent)
-        if self.training and self.tokens_since_update is not None:
-            self.tokens_since_update += counts
         return Routing(experts, weights, logits, scores, counts)
 
     @torch.no_grad()
@@ -109,7 +108,7 @@ class TopKRouter(nn.Module):
         ``group``; every rank then holds the same bias. Does nothing without ``config.expert_bias``.
 
         Args:
-            group: Ranks that routed different tokens (the axis ``data_context``); None for a world of one.
+            group: Ranks that routed different tokens (the axis ``data_context_tensor``); None for a world of one.
         """
         if self.expert_bias is None or self.tokens_since_update is None:
             return
@@ -139,11 +138,20 @@ class TopKRouter(nn.Module):
         logits = F.linear(_masked_mean(hidden, mask), weight)
         return logits[:, None].expand(-1, hidden.shape[1], -1).flatten(0, 1)
 
+    @torch.no_grad()
+    def _decide(self, logits: Tensor, probabilities: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Experts ``[T, K]``, and how many real tokens chose each, which are counted for the expert bias."""
+        experts = self._balanced_choice(logits, mask) if self.config.force_balance else self._choice(probabilities)
+        sent = None if mask is None else mask[:, None].expand_as(experts)
+        counts = count_choices(experts, self.config.num_experts, sent)
+        if self.training and self.tokens_since_update is not None:
+            self.tokens_since_update += counts
+        return experts, counts
+
     def _choice(self, probabilities: Tensor) -> Tensor:
         """Experts ``[T, K]`` with the best biased scores, inside the best groups."""
         config = self.config
-        # No gradient passes through a choice.
-        biased = probabilities.detach()
+        biased = probabilities
         if self.expert_bias is not None:
             biased = biased + self.expert_bias
         if config.num_groups > 1:

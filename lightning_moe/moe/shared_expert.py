@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_moe.moe.activation import Activation, activate, up_projection
+from lightning_moe.weight_grad import linear
 
 
 class SharedExpert(nn.Module):
     """Bias-free feed-forward layer, optionally scaled per token by ``sigmoid(gate . token)`` (Qwen2-MoE).
 
-    Its parameters are dense: every rank holds all of them.
+    Its parameters are dense: every rank holds all of them and applies them to its own tokens. Splitting them over the
+    axis ``tensor`` would save little memory, for a shared expert is small beside the routed ones, and would cost a
+    gather and a reduction of all tokens that the whole expert does without.
 
     Args:
         hidden_size: Width ``D`` of the tokens.
@@ -46,5 +49,5 @@ class SharedExpert(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``[..., D]`` to ``[..., D]``; a token of zeros gives zeros."""
         up: Tensor = getattr(self, self._up_name)
-        out = F.linear(activate(F.linear(tokens, up), self.activation), self.down_proj)
+        out = linear(activate(linear(tokens, up), self.activation), self.down_proj)
         return out if self.gate is None else F.sigmoid(F.linear(tokens, self.gate)) * out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,21 @@ from torch import Tensor
 # torch 2.13 renamed these two; 2.11 and 2.12 have only the older names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def apply_eagerly(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
+    """Apply an autograd function of one result; compiled code is interrupted around it.
+
+    The compiler rewrites collectives. That of torch 2.11 does it wrongly inside an autograd function: an all-reduced
+    tensor comes out as zeros, without an error.
+    """
+    out: Tensor = _apply(function, *arguments)
+    return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
+    return function.apply(*arguments)
 
 
 def all_to_all(
@@ -30,16 +46,14 @@ def all_to_all(
     """
     if group is None:
         return rows
-    out: Tensor = _AllToAll.apply(rows, list(output_splits), list(input_splits), group)  # type: ignore[no-untyped-call]
-    return out
+    return apply_eagerly(_AllToAll, rows, list(output_splits), list(input_splits), group)
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
     """Concatenate every rank's equally shaped tensor along ``dim``; backward reduce-scatters (sums) the gradient."""
     if group is None:
         return tensor
-    out: Tensor = _AllGather.apply(tensor, group, dim)  # type: ignore[no-untyped-call]
-    return out
+    return apply_eagerly(_AllGather, tensor, group, dim)
 
 
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
@@ -49,8 +63,86 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup | None, dim: int = 0
     """
     if group is None:
         return tensor
-    out: Tensor = _ReduceScatter.apply(tensor, group, dim)  # type: ignore[no-untyped-call]
+    return apply_eagerly(_ReduceScatter, tensor, group, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class PendingTensor:
+    """The result of a collective that is under way; other work can be done before :meth:`wait`."""
+
+    tensor: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The result; on CUDA only the current stream waits."""
+        self.work.wait()
+        return self.tensor
+
+
+def start_all_gather(tensor: Tensor, group: dist.ProcessGroup) -> PendingTensor:
+    """Begin to concatenate every rank's equally shaped tensor along dim 0; has no gradient."""
+    out = tensor.new_empty((dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:]))
+    return PendingTensor(out, _all_gather_single(out, tensor.contiguous(), group=group, async_op=True))
+
+
+def start_reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> PendingTensor:
+    """Begin to sum over the ranks what becomes this rank's slice along dim 0; has no gradient."""
+    length, ranks = tensor.shape[0], dist.get_world_size(group)
+    assert length % ranks == 0, f"length {length} along dim 0 is not a multiple of {ranks} ranks"
+    out = tensor.new_empty((length // ranks, *tensor.shape[1:]))
+    return PendingTensor(out, _reduce_scatter_single(out, tensor.contiguous(), group=group, async_op=True))
+
+
+def start_all_reduce_(tensor: Tensor, group: dist.ProcessGroup) -> PendingTensor:
+    """Begin to sum a contiguous tensor over the ranks, in place; has no gradient."""
+    return PendingTensor(tensor, dist.all_reduce(tensor, group=group, async_op=True))
+
+
+# [Note: copies and parts]
+# On an axis whose ranks share weights, an activation is either a *copy*, equal on all ranks, or a *part*: a slice of
+# the whole, or a summand. The gradient of a copy is a copy too, and that of a slice a slice. The four functions below
+# go from one to the other; forward of one is backward of another. all_gather and reduce_scatter above connect slices
+# with summands, whose gradients are summands and slices.
+
+
+def copies_to_summands(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return ``tensor`` itself, of which each rank goes on to use a part of its own; backward sums over the ranks."""
+    if group is None:
+        return tensor
+    return apply_eagerly(_CopiesToSummands, tensor, group)
+
+
+def summands_to_copies(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the ranks (all-reduce); the gradient, a copy on every rank, passes unchanged."""
+    if group is None:
+        return tensor
+    return apply_eagerly(_SummandsToCopies, tensor, group)
+
+
+def copies_to_slices(tensor: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
+    """Keep this rank's slice along ``dim``, whose length the ranks divide; backward gathers the slices' gradients."""
+    if group is None:
+        return tensor
+    return apply_eagerly(_CopiesToSlices, tensor, group, dim)
+
+
+def slices_to_copies(tensor: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
+    """Gather the ranks' slices along ``dim``; backward keeps this rank's slice of the gradient, which is a copy."""
+    if group is None:
+        return tensor
+    return apply_eagerly(_SlicesToCopies, tensor, group, dim)
+
+
+def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group)
     return out
+
+
+def _slice(tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    ranks, length = dist.get_world_size(group), tensor.shape[dim]
+    assert length % ranks == 0, f"length {length} along dim {dim} is not a multiple of {ranks} ranks"
+    return tensor.narrow(dim, dist.get_rank(group) * (length // ranks), length // ranks).contiguous()
 
 
 def _exchange(rows: Tensor, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -113,3 +205,47 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(grad, ctx.group, ctx.dim), None, None
+
+
+class _CopiesToSummands(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return summands_to_copies(grad, ctx.group), None
+
+
+class _SummandsToCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return copies_to_summands(grad, ctx.group), None
+
+
+class _CopiesToSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _slice(tensor, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return slices_to_copies(grad, ctx.group, ctx.dim), None, None
+
+
+class _SlicesToCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gather(tensor, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return copies_to_slices(grad, ctx.group, ctx.dim), None, None

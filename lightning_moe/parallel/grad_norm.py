@@ -13,12 +13,13 @@ from lightning_moe.parallel.mesh import ParallelMesh
 
 
 def global_grad_norm(
-    grads: list[tuple[Tensor, str | None]], mesh: ParallelMesh, device: torch.device, norm_type: float = 2.0
+    grads: list[tuple[Tensor, Axis | None]], mesh: ParallelMesh, device: torch.device, norm_type: float = 2.0
 ) -> Tensor:
     """Norm of the whole model's gradient, each parameter counted once; a collective call on all ranks.
 
     Args:
-        grads: This rank's gradients with the axis each is sharded over (None for dense ones), already reduced.
+        grads: This rank's gradients, already reduced, with the axis that each is spread along (see
+            :func:`~lightning_moe.parallel.sharding.shard_axis_of`; None for those that every rank holds whole).
         mesh: The parallel mesh.
         device: Where to compute; needed because a rank may have no gradient at all.
         norm_type: Order of the norm; ``inf`` for the largest absolute value.
@@ -33,7 +34,7 @@ def global_grad_norm(
         dtype = torch.promote_types(dtype, grad.dtype.to_real())
     total = torch.zeros((), dtype=dtype, device=device)
     # The same axes on every rank, whatever gradients it has: otherwise the all-reduces would not match.
-    for axis in (None, Axis.EXPERT, Axis.EXPERT_TENSOR):
+    for axis in (None, Axis.TENSOR, Axis.EXPERT, Axis.EXPERT_TENSOR, Axis.EXPERT_MODEL):
         own = [grad.abs() if grad.is_complex() else grad for grad, sharded_over in grads if sharded_over == axis]
         norms = torch.stack(torch._foreach_norm(own, norm_type, dtype)) if own else torch.zeros(1, dtype=dtype)
         part = norms.to(device, dtype)

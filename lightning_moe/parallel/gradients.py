@@ -1,10 +1,11 @@
 """Reduction of dense and expert gradients in flat buckets, overlapped with the backward pass.
 
 [Note: what a bucket holds]
-Gradients live in flat *main-grad* buckets of at least float32. A dense bucket is reduced over ``data_context``, an
-expert bucket over ``expert_data``; both are divided by the size of ``data_context``, because the loss is a mean over
-those ranks: an expert's gradient already holds the sum over the ranks that sent it tokens, so dividing it by the number
-of its replicas would make it ``expert`` times too large (see ``docs/concepts/expert-parallelism.md``).
+Gradients live in flat *main-grad* buckets of at least float32. A dense bucket is reduced over ``data_context`` (over
+``data_context_tensor`` where each tensor rank has a part of the gradient), an expert bucket over ``expert_data``; all
+are divided by the size of ``data_context``, because the loss is a mean over those ranks: an expert's gradient already
+holds the sum over the ranks that sent it tokens, so dividing it by the number of its replicas would make it ``expert``
+times too large (see ``docs/concepts/expert-parallelism.md``).
 
 Behind a bucket's gradients stands one flag per parameter, "this rank used it". The flags travel with the same
 all-reduce, so that a parameter which no rank used keeps ``grad=None``, as in a single process: a zero gradient would
@@ -15,6 +16,12 @@ Lightning, optimizers and users may set ``parameter.grad`` to None at any time (
 signal that accumulation starts over. For parameters whose dtype is the bucket's, ``grad`` is a view of the bucket, so
 autograd accumulates in place. A low-precision parameter's ``grad`` is a copy: it is set aside before each backward, new
 contributions are added to the float32 bucket, and a fresh copy is handed out at the end.
+
+[Note: two ways into a bucket]
+Layers that describe their weight gradients (see :mod:`lightning_moe.weight_grad`) write them into the bucket without
+passing through autograd; everything else arrives in ``parameter.grad``. A tied embedding uses both. A parameter is
+complete when autograd's node that accumulates its gradient has run: the node waits for all uses of the parameter, and
+runs even when none of them returned a gradient.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +39,8 @@ from torch import Tensor, nn
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import replica_axis_of, sharded_parameters
+from lightning_moe.parallel.sharding import partial_grads, replica_axis_of, sharded_parameters
+from lightning_moe.weight_grad.sink import WeightGrad, attach_sink, detach_sink
 
 
 @dataclass(eq=False)
@@ -41,6 +50,8 @@ class _Slot:
     name: str
     parameter: nn.Parameter
     view: Tensor
+    node: torch.autograd.graph.Node
+    """Autograd's node that accumulates the gradient; its hooks live as long as it is referred to."""
     fresh: bool = True
     """Whether the next contribution replaces what the bucket holds."""
     used: bool = False
@@ -68,6 +79,28 @@ class _Bucket:
     issued: bool = False
     reduced: bool = False
     work: dist.Work | None = field(default=None)
+
+
+class _Sink:
+    """Takes a parameter's weight gradients into its slot while a backward pass of the strategy is under way."""
+
+    def __init__(self, reducer: GradientReducer, slot: _Slot, bucket: _Bucket) -> None:
+        self._reducer, self._slot, self._bucket = reducer, slot, bucket
+
+    def take(self, grad: WeightGrad) -> bool:
+        # With create_graph=True the gradient itself is to be differentiated.
+        if not self._reducer.armed or torch.is_grad_enabled():
+            return False
+        slot = self._slot
+        _check_open(slot, self._bucket)
+        grad.add_to(slot.view, accumulate=not slot.fresh)
+        slot.fresh, slot.used = False, True
+        if slot.parameter.dtype == slot.view.dtype:
+            slot.parameter.grad = slot.view  # what autograd still brings is added to it
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a pickled parameter takes its attributes along; the reducer stays here
 
 
 class GradientReducer:
@@ -136,18 +169,22 @@ class GradientReducer:
         """Detach from the parameters; their gradients stay as they are."""
         for handle in self._handles:
             handle.remove()
+        for parameter in self._slots:
+            detach_sink(parameter)
         self._handles, self._buckets, self._slots = [], [], {}
 
     def _build(self) -> None:
         """Add buckets for trainable parameters that have none; a parameter keeps its bucket when it is frozen."""
         open_buckets: dict[tuple[Axis, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         closed = []
+        partial_params = partial_grads(self._module)
         # Backward reaches the last layers first, so buckets filled in reverse order complete in the order of creation.
-        for name, parameter, spec in reversed(sharded_parameters(self._module)):
+        for name, parameter, specs in reversed(sharded_parameters(self._module)):
             if not parameter.requires_grad or parameter in self._slots:
                 continue
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            key = (replica_axis_of(spec), dtype, parameter.device)
+            axis = replica_axis_of(specs, partial_grad=parameter in partial_params)
+            key = (axis, dtype, parameter.device)
             members = open_buckets.setdefault(key, [])
             members.append((name, parameter))
             if sum(p.numel() for _, p in members) * dtype.itemsize >= self._bucket_bytes:
@@ -157,8 +194,10 @@ class GradientReducer:
             self._buckets.append(bucket)
             for slot in bucket.slots:
                 self._slots[slot.parameter] = slot
-                hook = partial(self._on_grad, slot, bucket)
-                self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+                attach_sink(slot.parameter, _Sink(self, slot, bucket))
+                on_grad, on_complete = partial(self._on_grad, slot, bucket), partial(self._on_complete, slot, bucket)
+                self._handles.append(slot.parameter.register_post_accumulate_grad_hook(on_grad))
+                self._handles.append(slot.node.register_hook(on_complete))
 
     def _allocate(
         self, axis: Axis, dtype: torch.dtype, device: torch.device, members: list[tuple[str, nn.Parameter]]
@@ -167,7 +206,12 @@ class GradientReducer:
         buffer = torch.zeros(elements + len(members), dtype=dtype, device=device)
         views = buffer[:elements].split([parameter.numel() for _, parameter in members])
         slots = [
-            _Slot(name, parameter, view.as_strided(parameter.shape, _dense_stride(parameter)))
+            _Slot(
+                name,
+                parameter,
+                view.as_strided(parameter.shape, _dense_stride(parameter)),
+                torch.autograd.graph.get_gradient_edge(parameter).node,
+            )
             for (name, parameter), view in zip(members, views, strict=True)
         ]
         replicas, data_ranks = self._mesh.size(axis), self._mesh.size(Axis.DATA_CONTEXT)
@@ -192,19 +236,11 @@ class GradientReducer:
 
     @torch.no_grad()  # with create_graph=True hooks run in grad mode
     def _on_grad(self, slot: _Slot, bucket: _Bucket, parameter: Tensor) -> None:
-        if not self._armed:
-            return  # a backward that Lightning does not run, e.g. inside a gradient penalty
+        """Bring what autograd has accumulated into the bucket."""
         grad = parameter.grad
-        assert grad is not None
-        if bucket.issued:
-            # Re-entrant checkpoints run backward passes of their own, so a weight that several of them share arrives
-            # once for each; what arrives after the reduction has begun would be lost on some ranks.
-            raise ConfigError(
-                f"parameter {slot.name}",
-                "gradient that arrives more than once",
-                "one arrival for each backward pass",
-                "use torch.utils.checkpoint with use_reentrant=False",
-            )
+        if not self._armed or grad is None:
+            return  # a backward that Lightning does not run, e.g. inside a gradient penalty; or all went to the sink
+        _check_open(slot, bucket)
         if grad.is_sparse:
             raise ConfigError(
                 f"parameter {slot.name}",
@@ -219,7 +255,11 @@ class GradientReducer:
                 slot.view.add_(grad)
             parameter.grad = slot.view if grad.dtype == slot.view.dtype else None
         slot.fresh, slot.used = False, True
-        if slot.arrived:
+
+    @torch.no_grad()
+    def _on_complete(self, slot: _Slot, bucket: _Bucket, *_: object) -> None:
+        """Count the parameter as complete, and reduce its bucket if it was the last one."""
+        if not self._armed or slot.arrived:
             return
         slot.arrived = True
         bucket.missing -= 1
@@ -259,6 +299,18 @@ class GradientReducer:
             else:
                 slot.parameter.grad = slot.copy = slot.view.to(slot.parameter.dtype)
                 slot.copy_version = slot.copy._version
+
+
+def _check_open(slot: _Slot, bucket: _Bucket) -> None:
+    if bucket.issued:
+        # Re-entrant checkpoints run backward passes of their own, so a weight that several of them share arrives
+        # once for each; what arrives after the reduction has begun would be lost on some ranks.
+        raise ConfigError(
+            f"parameter {slot.name}",
+            "gradient that arrives more than once",
+            "one arrival for each backward pass",
+            "use torch.utils.checkpoint with use_reentrant=False",
+        )
 
 
 def _dense_stride(parameter: Tensor) -> tuple[int, ...]:

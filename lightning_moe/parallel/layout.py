@@ -8,6 +8,7 @@ the same members in the same order as the group that Megatron-core builds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from itertools import product
 from math import prod
@@ -35,16 +36,29 @@ class Axis(StrEnum):
     """Ranks that share one dense weight matrix."""
     PIPELINE = "pipeline"
     """Ranks that hold the successive stages of one copy of the model."""
+    DATA_CONTEXT_TENSOR = "data_context_tensor"
+    """Ranks of one pipeline stage, which hold all tokens of the global batch between them."""
+    CONTEXT_TENSOR = "context_tensor"
+    """Ranks that hold the tokens of the same samples between them."""
     EXPERT = "expert"
     """Ranks that the experts of one layer are spread over: tokens are dispatched within it."""
     EXPERT_TENSOR = "expert_tensor"
     """Ranks that share the weight matrices of one expert."""
+    EXPERT_MODEL = "expert_model"
+    """Ranks that hold one copy of all experts between them (``expert`` and ``expert_tensor``)."""
     EXPERT_DATA = "expert_data"
     """Ranks that hold the same experts: expert gradients are reduced over it."""
 
 
 _DENSE_VIEW = (Axis.PIPELINE, Axis.DATA, Axis.CONTEXT, Axis.TENSOR)
 _EXPERT_VIEW = (Axis.PIPELINE, Axis.EXPERT_DATA, Axis.EXPERT, Axis.EXPERT_TENSOR)
+_FOLDED: Mapping[Axis, tuple[Axis, ...]] = {
+    Axis.WORLD: _DENSE_VIEW,
+    Axis.DATA_CONTEXT: (Axis.DATA, Axis.CONTEXT),
+    Axis.CONTEXT_TENSOR: (Axis.CONTEXT, Axis.TENSOR),
+    Axis.DATA_CONTEXT_TENSOR: (Axis.DATA, Axis.CONTEXT, Axis.TENSOR),
+    Axis.EXPERT_MODEL: (Axis.EXPERT, Axis.EXPERT_TENSOR),
+}
 
 
 def axis_named(name: str) -> Axis:
@@ -70,7 +84,7 @@ def rank_lists(config: ParallelConfig, axis: Axis) -> list[tuple[int, ...]]:
 
     Args:
         config: Resolved sizes (see :meth:`ParallelConfig.resolve`).
-        axis: The axis, or two folded axes (``data_context``), or the whole world.
+        axis: The axis, or folded axes (``data_context``), or the whole world.
 
     Returns:
         ``world_size / axis_size`` tuples that partition the ranks ``0 .. world_size - 1``, in the row-major order of
@@ -98,15 +112,13 @@ def coordinate(config: ParallelConfig, axis: Axis, global_rank: int) -> int:
 def _view(config: ParallelConfig, axis: Axis) -> tuple[dict[Axis, int], tuple[Axis, ...]]:
     """Sizes of the view that ``axis`` lives in, outermost first, and the axes of the view that ``axis`` folds."""
     assert config.data is not None, "resolve(world_size) first"
-    if axis in _EXPERT_VIEW and axis is not Axis.PIPELINE:
-        shape = (config.pipeline, config.expert_data, config.expert, config.expert_tensor)
-        return dict(zip(_EXPERT_VIEW, shape, strict=True)), (axis,)
-    dense = dict(zip(_DENSE_VIEW, (config.pipeline, config.data, config.context, config.tensor), strict=True))
-    if axis is Axis.WORLD:
-        return dense, _DENSE_VIEW
-    if axis is Axis.DATA_CONTEXT:
-        return dense, (Axis.DATA, Axis.CONTEXT)
-    return dense, (axis,)
+    members = _FOLDED.get(axis, (axis,))
+    if set(members) <= set(_DENSE_VIEW):
+        return dict(
+            zip(_DENSE_VIEW, (config.pipeline, config.data, config.context, config.tensor), strict=True)
+        ), members
+    shape = (config.pipeline, config.expert_data, config.expert, config.expert_tensor)
+    return dict(zip(_EXPERT_VIEW, shape, strict=True)), members
 
 
 def _strides(sizes: dict[Axis, int]) -> dict[Axis, int]:

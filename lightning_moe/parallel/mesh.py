@@ -91,6 +91,15 @@ class ParallelMesh:
         """
         return self._groups.get(axis_named(axis))
 
+    def active_group(self, axis: str) -> dist.ProcessGroup | None:
+        """The group along ``axis`` if there is anybody to communicate with, None on an axis of size 1."""
+        if self.size(axis) == 1:
+            return None
+        group = self.group(axis)
+        # A pickled mesh comes back without groups; going on without communication would be wrong without an error.
+        assert group is not None, "this mesh has lost its process groups"
+        return group
+
     def __repr__(self) -> str:
         dense = (Axis.PIPELINE, Axis.DATA, Axis.CONTEXT, Axis.TENSOR)
         expert = (Axis.EXPERT_DATA, Axis.EXPERT, Axis.EXPERT_TENSOR)

@@ -1,8 +1,8 @@
-"""Marking parameters that are sharded over an axis, and initialising them independently of the topology."""
+"""Marking parameters that are sharded over axes, and initialising them independently of the topology."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis, axis_named
+from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.rng import fold_seed
 
 # [Note: where shard specs live]
@@ -17,11 +18,18 @@ from lightning_moe.parallel.rng import fold_seed
 # new Parameter objects without their attributes, and a spec that got lost would let an expert's gradient be reduced
 # over the wrong ranks without any error.
 _SPECS_ATTRIBUTE = "_shard_specs"
+_PARTIAL_ATTRIBUTE = "_partial_grads"
+
+# [Note: partial gradients]
+# A parameter that every tensor rank holds whole is used in one of two ways. Either all tensor ranks compute the same
+# with it (a norm on activations that are copies): then each has the whole gradient. Or each applies it to its own
+# tokens or heads (a norm under sequence parallelism, a router, a per-head query norm): then each has a part, and the
+# gradient is the sum. Only the module knows which; it marks the second kind.
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one parameter of this rank relates to the whole ("logical") tensor.
+    """How one dim of this rank's parameter relates to the whole ("logical") tensor.
 
     Args:
         axis: Mesh axis that the parameter is sharded over, e.g. ``"expert"``.
@@ -46,50 +54,74 @@ class ShardSpec:
         return len(self.index) == self.size
 
 
-def set_shard_spec(module: nn.Module, name: str, spec: ShardSpec) -> None:
-    """Mark ``module``'s own parameter ``name`` as sharded.
+ShardSpecs = tuple[ShardSpec, ...]
+"""The specs of one parameter, one for each sharded dim; empty for a parameter that every rank holds whole."""
+
+
+def set_shard_spec(module: nn.Module, name: str, *specs: ShardSpec) -> None:
+    """Mark ``module``'s own parameter ``name`` as sharded, along one dim for each spec.
 
     A marked parameter's gradient is reduced over its replicas only (``expert_data`` for the axis ``expert``), counted
     once in the gradient norm, and saved and loaded by logical position. Unmarked parameters are dense.
 
     Raises:
-        ConfigError: There is no such parameter, or its length along ``spec.dim`` is not that of ``spec.index``.
+        ConfigError: There is no such parameter, its length along a spec's dim is not that of the spec's index, or two
+            specs name the same dim.
     """
-    parameter = module._parameters.get(name)
-    if parameter is None:
-        known = ", ".join(module._parameters) or "none"
-        raise ConfigError("shard_spec.name", name, f"a parameter of {type(module).__name__} itself ({known})")
-    if not -parameter.dim() <= spec.dim < parameter.dim() or parameter.shape[spec.dim] != len(spec.index):
-        raise ConfigError(
-            "shard_spec.index",
-            spec.index,
-            f"one logical position per local slice: parameter {name!r} has shape {tuple(parameter.shape)}, "
-            f"sharded dim {spec.dim}",
-        )
-    specs = module.__dict__.setdefault(_SPECS_ATTRIBUTE, {})
-    specs[name] = spec
+    parameter = _own_parameter(module, name)
+    for spec in specs:
+        if not -parameter.dim() <= spec.dim < parameter.dim() or parameter.shape[spec.dim] != len(spec.index):
+            raise ConfigError(
+                "shard_spec.index",
+                spec.index,
+                f"one logical position per local slice: parameter {name!r} has shape {tuple(parameter.shape)}, "
+                f"sharded dim {spec.dim}",
+            )
+    dims = [spec.dim % parameter.dim() for spec in specs]
+    if len(set(dims)) != len(dims):
+        raise ConfigError("shard_spec.dim", dims, "each dim at most once")
+    module.__dict__.setdefault(_SPECS_ATTRIBUTE, {})[name] = specs
 
 
-def shard_specs(root: nn.Module) -> dict[str, ShardSpec]:
-    """The spec of every marked parameter under ``root``, by each of its fully qualified names.
+def set_partial_grad(module: nn.Module, name: str) -> None:
+    """Mark ``module``'s own unsharded parameter ``name`` as one of which each tensor rank has a part of the gradient.
+
+    Raises:
+        ConfigError: There is no such parameter.
+    """
+    _own_parameter(module, name)
+    module.__dict__.setdefault(_PARTIAL_ATTRIBUTE, set()).add(name)
+
+
+def shard_specs(root: nn.Module) -> dict[str, ShardSpecs]:
+    """The specs of every marked parameter under ``root``, by each of its fully qualified names.
 
     A module used in several places has several names, and ``state_dict`` lists its parameters under all of them.
     """
-    found: dict[str, ShardSpec] = {}
+    found: dict[str, ShardSpecs] = {}
     for prefix, module in root.named_modules(remove_duplicate=False):
-        for name, spec in module.__dict__.get(_SPECS_ATTRIBUTE, {}).items():
-            found[f"{prefix}.{name}" if prefix else name] = spec
+        for name, specs in module.__dict__.get(_SPECS_ATTRIBUTE, {}).items():
+            found[f"{prefix}.{name}" if prefix else name] = specs
     return found
 
 
-def sharded_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter, ShardSpec | None]]:
-    """Every parameter under ``root`` once, in ``named_parameters`` order, with its spec (None for dense)."""
+def partial_grads(root: nn.Module) -> set[nn.Parameter]:
+    """The parameters under ``root`` whose gradients are partial on each tensor rank (see :func:`set_partial_grad`)."""
+    return {
+        module._parameters[name]  # type: ignore[misc]  # marked parameters exist
+        for module in root.modules()
+        for name in module.__dict__.get(_PARTIAL_ATTRIBUTE, ())
+    }
+
+
+def sharded_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter, ShardSpecs]]:
+    """Every parameter under ``root`` once, in ``named_parameters`` order, with its specs (empty for dense)."""
     specs = shard_specs(root)
-    return [(name, parameter, specs.get(name)) for name, parameter in root.named_parameters()]
+    return [(name, parameter, specs.get(name, ())) for name, parameter in root.named_parameters()]
 
 
-def state_dict_specs(root: nn.Module) -> dict[str, ShardSpec]:
-    """The spec of every sharded entry of ``root.state_dict()``, by its key there.
+def state_dict_specs(root: nn.Module) -> dict[str, ShardSpecs]:
+    """The specs of every sharded entry of ``root.state_dict()``, by its key there.
 
     Modules may override ``state_dict`` and give parameters other names. Such an entry is recognised by its memory:
     taken for a dense one, it would be saved from a single rank, and the experts of all others would be lost without an
@@ -97,42 +129,106 @@ def state_dict_specs(root: nn.Module) -> dict[str, ShardSpec]:
     """
     named = shard_specs(root)
     of_memory = {
-        (parameter.data_ptr(), parameter.shape): spec
-        for _, parameter, spec in sharded_parameters(root)
-        if spec is not None and parameter.numel()
+        (parameter.data_ptr(), parameter.shape): specs
+        for _, parameter, specs in sharded_parameters(root)
+        if specs and parameter.numel()
     }
-    found: dict[str, ShardSpec] = {}
+    found: dict[str, ShardSpecs] = {}
     for key, value in root.state_dict().items():
         if isinstance(value, Tensor):
-            spec = named.get(key) or of_memory.get((value.data_ptr(), value.shape))
-            if spec is not None:
-                found[key] = spec
+            specs = named.get(key) or of_memory.get((value.data_ptr(), value.shape))
+            if specs:
+                found[key] = specs
     return found
 
 
+def whole_shape(local: Tensor, specs: ShardSpecs) -> tuple[int, ...]:
+    """Shape of the whole tensor that ``local`` is a part of."""
+    shape = list(local.shape)
+    for spec in specs:
+        shape[spec.dim] = spec.size
+    return tuple(shape)
+
+
+def local_part(whole: Tensor, specs: ShardSpecs) -> Tensor:
+    """The positions of a whole tensor that a rank with ``specs`` holds; dims of another length are left as they are."""
+    for spec in specs:
+        if whole.dim() > spec.dim and whole.shape[spec.dim] == spec.size and not _is_identity(spec):
+            index = torch.tensor(spec.index, dtype=torch.int64, device=whole.device)
+            whole = whole.index_select(spec.dim, index)
+    return whole
+
+
+def even_slice(size: int, mesh: ParallelMesh, axis: str) -> range:
+    """This rank's run of ``size`` positions along ``axis``, in rank order; the first ranks hold one more if uneven."""
+    ranks, rank = mesh.size(axis), mesh.rank(axis)
+    base, more = divmod(size, ranks)
+    start = rank * base + min(rank, more)
+    return range(start, start + base + (rank < more))
+
+
 @torch.no_grad()
-def sharded_init_(parameter: Tensor, index: Sequence[int], fill: Callable[[Tensor, torch.Generator], object]) -> None:
-    """Initialise the slices of a sharded tensor so that the whole tensor does not depend on the topology.
+def sharded_init_(parameter: Tensor, specs: ShardSpecs, fill: Callable[[Tensor, torch.Generator], object]) -> None:
+    """Initialise a parameter so that the whole tensor does not depend on the topology.
 
     Draws exactly one number from torch's default CPU generator, whatever the topology, so that all later draws stay
-    the same, and fills the slice of each logical position from a generator of its own.
+    the same. Along an ``expert`` spec of dim 0, each logical position is filled from a generator of its own, so a rank
+    draws the numbers of its own experts only. Along other dims the whole length is drawn and this rank's part kept.
 
     Args:
-        parameter: Local tensor, sharded along dim 0; filled in place.
-        index: Logical position of each local slice.
-        fill: Called as ``fill(slice, generator)`` on a contiguous CPU float32 tensor of the slice's shape; fills it.
+        parameter: Local tensor; filled in place.
+        specs: Its specs; empty for a tensor that is not sharded.
+        fill: Called as ``fill(values, generator)`` on contiguous CPU float32 tensors; fills them.
     """
-    assert parameter.shape[0] == len(index)
     seed = int(torch.randint(2**62, (), device="cpu").item())
-    for local, logical in enumerate(index):
-        generator = torch.Generator().manual_seed(fold_seed(seed, logical))
-        values = torch.empty(parameter.shape[1:], dtype=torch.float32, device="cpu")
-        fill(values, generator)
-        parameter[local].copy_(values)
-
-
-def replica_axis_of(spec: ShardSpec | None) -> Axis:
-    """The axis over which a parameter with this spec is replicated."""
-    return (
-        Axis.EXPERT_DATA if spec is not None and spec.axis in (Axis.EXPERT, Axis.EXPERT_TENSOR) else Axis.DATA_CONTEXT
+    rows = next((spec for spec in specs if spec.axis == Axis.EXPERT and spec.dim == 0), None)
+    if rows is None:
+        values = torch.empty(whole_shape(parameter, specs), dtype=torch.float32, device="cpu")
+        fill(values, torch.Generator().manual_seed(seed))
+        parameter.copy_(local_part(values, specs))
+        return
+    # One slice at a time: a dim of the parameter is one lower in its slices.
+    rest = tuple(
+        ShardSpec(spec.axis, spec.dim % parameter.dim() - 1, spec.size, spec.index)
+        for spec in specs
+        if spec is not rows
     )
+    shape = whole_shape(parameter, specs)[1:]
+    for local, logical in enumerate(rows.index):
+        generator = torch.Generator().manual_seed(fold_seed(seed, logical))
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
+        fill(values, generator)
+        parameter[local].copy_(local_part(values, rest))
+
+
+def replica_axis_of(specs: ShardSpecs, *, partial_grad: bool = False) -> Axis:
+    """The axis over which the gradient of a parameter with these specs is summed.
+
+    Args:
+        specs: The parameter's specs.
+        partial_grad: Whether each tensor rank has a part of the gradient (see :func:`set_partial_grad`).
+    """
+    if any(spec.axis in (Axis.EXPERT, Axis.EXPERT_TENSOR) for spec in specs):
+        return Axis.EXPERT_DATA
+    return Axis.DATA_CONTEXT_TENSOR if partial_grad and not specs else Axis.DATA_CONTEXT
+
+
+def shard_axis_of(specs: ShardSpecs) -> Axis | None:
+    """The axis along which a parameter with these specs is spread; None when every rank of a stage holds it whole."""
+    axes = {axis_named(spec.axis) for spec in specs}
+    if axes == {Axis.EXPERT, Axis.EXPERT_TENSOR}:
+        return Axis.EXPERT_MODEL
+    assert len(axes) <= 1, f"no axis spreads a parameter over {sorted(axes)}"
+    return next(iter(axes), None)
+
+
+def _own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        known = ", ".join(module._parameters) or "none"
+        raise ConfigError("shard_spec.name", name, f"a parameter of {type(module).__name__} itself ({known})")
+    return parameter
+
+
+def _is_identity(spec: ShardSpec) -> bool:
+    return spec.is_whole and all(i == position for position, i in enumerate(spec.index))

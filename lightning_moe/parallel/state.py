@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import ShardSpec, replica_axis_of, sharded_parameters, state_dict_specs
+from lightning_moe.parallel.sharding import (
+    ShardSpec,
+    local_part,
+    replica_axis_of,
+    sharded_parameters,
+    state_dict_specs,
+)
 
 
 def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, Any]:
@@ -32,10 +38,11 @@ def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, A
             if keep:
                 state[name] = value
             continue
-        spec = specs.get(name)
-        whole = value if spec is None else _gather_tensor(value, spec, mesh)
+        whole = value.detach()
+        for spec in specs.get(name, ()):
+            whole = _gather_dim(whole, spec, mesh)
         if keep:
-            state[name] = whole.detach().to("cpu", copy=True)
+            state[name] = whole.to("cpu", copy=True)
     return state
 
 
@@ -55,7 +62,10 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
             "the names of the module's own parameters and buffers",
             "was it saved from a model with another configuration?",
         )
-    local = {name: local_part(state[name], specs.get(name)) for name in own}
+    local = {
+        name: local_part(value, specs.get(name, ())) if isinstance(value := state[name], Tensor) else value
+        for name in own
+    }
     for name, value in own.items():
         if isinstance(value, Tensor) and local[name].shape != value.shape:
             raise ConfigError(
@@ -66,18 +76,11 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
     module.load_state_dict(local)
 
 
-def local_part(whole: Any, spec: ShardSpec | None) -> Any:
-    """The positions of a whole tensor that a rank with ``spec`` holds; a tensor of another length is returned as is."""
-    if spec is None or whole.dim() <= spec.dim or whole.shape[spec.dim] != spec.size:
-        return whole
-    return whole.index_select(spec.dim, torch.tensor(spec.index, dtype=torch.int64, device=whole.device))
-
-
-def _gather_tensor(value: Tensor, spec: ShardSpec, mesh: ParallelMesh) -> Tensor:
-    """Gather one tensor over its axis; ranks may hold different numbers of positions."""
+def _gather_dim(value: Tensor, spec: ShardSpec, mesh: ParallelMesh) -> Tensor:
+    """Gather one dim of a tensor over its axis; ranks may hold different numbers of positions."""
     # Every rank of the axis takes the same path, whatever it holds itself: one that holds all positions still has
     # peers that wait for it.
-    local = value.detach().movedim(spec.dim, 0).contiguous()
+    local = value.movedim(spec.dim, 0).contiguous()
     indices, parts = [spec.index], [local]
     if mesh.size(spec.axis) > 1:
         group = mesh.group(spec.axis)
@@ -99,22 +102,24 @@ def _gather_tensor(value: Tensor, spec: ShardSpec, mesh: ParallelMesh) -> Tensor
 def broadcast_replicas(module: nn.Module, mesh: ParallelMesh) -> None:
     """Make replicas equal: each tensor is broadcast from the first rank that holds a copy of it.
 
-    Dense parameters and persistent buffers come from the first rank of ``data_context``, sharded parameters from the
-    first of ``expert_data``, so that a model built without a common seed still starts from one set of weights.
+    Unsharded parameters and persistent buffers come from the first rank of ``data_context_tensor``, those sharded over
+    ``tensor`` from the first of ``data_context``, experts from the first of ``expert_data``, so that a model built
+    without a common seed still starts from one set of weights.
     """
-    for _, parameter, spec in sharded_parameters(module):
-        _broadcast(parameter.detach(), replica_axis_of(spec), mesh)
+    for _, parameter, specs in sharded_parameters(module):
+        axis = replica_axis_of(specs) if specs else Axis.DATA_CONTEXT_TENSOR
+        _broadcast(parameter.detach(), axis, mesh)
     broadcast_buffers(module, mesh)
 
 
 def broadcast_buffers(module: nn.Module, mesh: ParallelMesh) -> None:
-    """Give all ranks of ``data_context`` the persistent buffers of the first one, e.g. the statistics of BatchNorm.
+    """Give all ranks of a pipeline stage the persistent buffers of the first one, e.g. the statistics of BatchNorm.
 
     Each rank gathers such statistics from its own samples. Buffers that are not persistent are a rank's own: layers may
     keep there what depends on the rank.
     """
     for buffer in _persistent_buffers(module):
-        _broadcast(buffer, Axis.DATA_CONTEXT, mesh)
+        _broadcast(buffer, Axis.DATA_CONTEXT_TENSOR, mesh)
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence, Sized
 from typing import Any, TypeGuard
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
@@ -24,10 +26,8 @@ def check_axes(parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: Names the axis.
     """
-    for axis in ("pipeline", "context", "tensor", "expert_tensor"):
-        size = getattr(parallel, axis)
-        if size != 1:
-            raise ConfigError(f"parallel.{axis}", size, "1", "this release trains with expert and data parallelism")
+    if parallel.pipeline != 1:
+        raise ConfigError("parallel.pipeline", parallel.pipeline, "1", "this release trains without pipeline stages")
 
 
 def check_callbacks(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
@@ -47,8 +47,10 @@ def check_callbacks(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
             if is_overridden("configure_model", trainer.lightning_module):
                 # It does so in Callback.setup, before configure_model.
                 why = "it copies the module before its layers exist and would average nothing"
-            elif mesh.size(Axis.EXPERT) > 1:
-                why = "it keeps the average in a checkpoint as its own state, where only rank 0's experts are"
+            elif mesh.size(Axis.EXPERT_MODEL) > 1 or mesh.size(Axis.TENSOR) > 1:
+                why = (
+                    "it keeps the average in a checkpoint as its own state, where only rank 0's part of the weights is"
+                )
         saves_on_exception = isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False)
         if mesh.world_size > 1 and (isinstance(callback, OnExceptionCheckpoint) or saves_on_exception):
             allowed = "ModelCheckpoint(every_n_train_steps=...), save_on_exception=False"
@@ -98,6 +100,37 @@ def check_training_lengths(num_batches: float, mesh: ParallelMesh) -> None:
             "let Lightning inject its DistributedSampler, drop the last incomplete round, or set "
             "trainer.limit_train_batches",
         )
+
+
+def check_same_batch(batch: Any, mesh: ParallelMesh) -> None:
+    """Refuse batches that differ between ranks which share their samples; a collective call.
+
+    Ranks along ``context`` and ``tensor`` hold parts of one batch. Where each draws a batch of its own (shuffling
+    without a common seed and without Lightning's sampler), the parts do not belong together, and nothing else tells.
+
+    Raises:
+        ConfigError: Names the ranks.
+    """
+    group = mesh.active_group(Axis.CONTEXT_TENSOR)
+    if group is None:
+        return
+    prints = [_fingerprint(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    everybody: list[Any] = [None] * mesh.size(Axis.CONTEXT_TENSOR)
+    dist.all_gather_object(everybody, prints, group=group)
+    if any(other != everybody[0] for other in everybody):
+        raise ConfigError(
+            "train_dataloader",
+            f"different batches on ranks {list(mesh.ranks(Axis.CONTEXT_TENSOR))}",
+            "the same batch on all ranks that share a sample (axes context and tensor)",
+            "let Lightning inject its DistributedSampler, use trainer.distributed_sampler_kwargs for your own, or call "
+            "seed_everything before shuffling",
+        )
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
+    data = tensor.detach().to("cpu").contiguous()
+    digest = hashlib.blake2b(data.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=16)
+    return str(tensor.dtype), tuple(tensor.shape), digest.hexdigest()
 
 
 def check_evaluation_lengths(dataloader: object, mesh: ParallelMesh) -> None:

@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moe.checkpoint.sharded import is_sharded_checkpoint, load_sharded, localize, save_sharded
-from lightning_moe.checkpoint.shards import whole_shape
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.layer import MoELayer
@@ -34,7 +33,7 @@ from lightning_moe.parallel.gradients import GradientReducer
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.rng import AxisRng, fold_seed
-from lightning_moe.parallel.sharding import sharded_parameters
+from lightning_moe.parallel.sharding import shard_axis_of, shard_specs, sharded_parameters, whole_shape
 from lightning_moe.parallel.state import (
     broadcast_buffers,
     broadcast_replicas,
@@ -46,6 +45,7 @@ from lightning_moe.strategy.checks import (
     check_callbacks,
     check_evaluation_lengths,
     check_optimizers,
+    check_same_batch,
     check_training_lengths,
 )
 from lightning_moe.strategy.evaluation import finishes_dataloader
@@ -55,15 +55,16 @@ from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
 
 
 class MoEStrategy(MeshStrategy):
-    """Expert and data parallelism for any LightningModule.
+    """Expert, tensor, context and data parallelism for any LightningModule.
 
     Parameters with a :class:`~lightning_moe.parallel.sharding.ShardSpec` (those of
-    :class:`~lightning_moe.moe.MoELayer` have one) are expert-parallel, all others are dense. Build this rank's part in
-    ``configure_model`` from ``self.trainer.strategy.mesh``, or build whole layers in ``__init__`` and let the strategy
-    keep this rank's experts.
+    :class:`~lightning_moe.moe.MoELayer` and of the parallel layers have one) are split over ranks, all others are held
+    whole. Build this rank's part in ``configure_model`` from ``self.trainer.strategy.mesh``, or build whole MoE layers
+    in ``__init__`` and let the strategy keep this rank's experts.
 
-    Expert ranks see different samples: for dense parameters they are data-parallel ranks. Gradients are those of the
-    mean loss over all data ranks, equal to a single process on the global batch.
+    Ranks along ``data`` see different samples; those along ``context`` and ``tensor`` get the same batch and share the
+    work on it. The expert axes lie across them. Gradients are those of the mean loss over the ranks of ``data`` and
+    ``context``, equal to a single process on the global batch.
 
     Args:
         parallel: Sizes of the parallel axes; all ranks data-parallel when left out.
@@ -111,6 +112,7 @@ class MoEStrategy(MeshStrategy):
         self._bucket_bytes = int(bucket_megabytes * 2**20)
         self._reducer: GradientReducer | None = None
         self._rng: AxisRng | None = None
+        self._batch_checked = False
         self._trained_weights: dict[str, Any] = {}
 
     # ---- model and optimizers
@@ -160,10 +162,17 @@ class MoEStrategy(MeshStrategy):
         """Say what the whole model holds: Lightning's summary counts rank 0's experts only."""
         assert self.lightning_module is not None
         local = whole = 0
-        for _, parameter, spec in sharded_parameters(self.lightning_module):
+        for _, parameter, specs in sharded_parameters(self.lightning_module):
             local += parameter.numel()
-            whole += math.prod(whole_shape(parameter, spec))
+            whole += math.prod(whole_shape(parameter, specs))
         rank_zero_info(f"{self.mesh}: {whole:,} parameters in the whole model, {local:,} on this rank")
+        split = {spec.axis for specs in shard_specs(self.lightning_module).values() for spec in specs}
+        if self.mesh.size(Axis.TENSOR) > 1 and Axis.TENSOR not in split:
+            rank_zero_warn(
+                f"parallel.tensor is {self.mesh.size(Axis.TENSOR)}, but no parameter of "
+                f"{type(self.lightning_module).__name__} is split over it: these ranks do the same work. Use tensor=1, "
+                "or layers that are split, such as lightning_moe.layers.ColumnParallelLinear."
+            )
 
     @property
     @override
@@ -216,13 +225,13 @@ class MoEStrategy(MeshStrategy):
         assert self.lightning_module is not None
         for module in self.lightning_module.modules():
             if isinstance(module, TopKRouter):
-                module.update_expert_bias(self.mesh.group(Axis.DATA_CONTEXT))
+                module.update_expert_bias(self.mesh.active_group(Axis.DATA_CONTEXT_TENSOR))
         return output
 
     def _clip_by_global_norm(self, parameters: list[Tensor], max_norm: float) -> None:
         assert self.lightning_module is not None
-        axis_of: dict[Tensor, str | None] = {
-            p: None if spec is None else spec.axis for _, p, spec in sharded_parameters(self.lightning_module)
+        axis_of: dict[Tensor, Axis | None] = {
+            parameter: shard_axis_of(specs) for _, parameter, specs in sharded_parameters(self.lightning_module)
         }
         grads = [(p.grad, axis_of.get(p)) for p in parameters if p.grad is not None]
         norm = global_grad_norm(grads, self.mesh, self.root_device)
@@ -238,10 +247,14 @@ class MoEStrategy(MeshStrategy):
         # Folding in the step keeps a resumed run from drawing the dropout masks of its beginning again.
         seed = fold_seed(self.broadcast(torch.initial_seed()), trainer.global_step)
         self._rng = AxisRng(self.mesh, seed)
+        self._batch_checked = False
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._rng is not None, "Lightning calls on_train_start first"
+        if not self._batch_checked:
+            check_same_batch((args, kwargs), self.mesh)
+            self._batch_checked = True
         # Ranks are seeded alike, so that they build equal models; drawing dropout masks from these generators would
         # drop the same units of different samples on all of them.
         with self._rng.fork("replicated"):
@@ -271,14 +284,14 @@ class MoEStrategy(MeshStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
-        if self.mesh.size(Axis.EXPERT) > 1 and not self.lightning_module.trainer.training:
+        if self.mesh.size(Axis.EXPERT_MODEL) > 1 and not self.lightning_module.trainer.training:
             check_evaluation_lengths(dataloader, self.mesh)
         return dataloader
 
     def _serve_after(self, output: Any) -> Any:
         """After this rank's last batch, run its experts for ranks that have more."""
         assert self.lightning_module is not None
-        if self.mesh.size(Axis.EXPERT) > 1 and finishes_dataloader(self.lightning_module.trainer):
+        if self.mesh.size(Axis.EXPERT_MODEL) > 1 and finishes_dataloader(self.lightning_module.trainer):
             serve_until_idle(self._moe_layers())
         return output
 

@@ -269,10 +269,17 @@ MALFORMED = {
     ),
     "axis that does not train": Bad(
         "        expert: 2",
+        "        expert: 1\n        pipeline: 2 #!",
+        f"{STRATEGY}.parallel.pipeline",
+        "1",
+        "without pipeline stages",
+    ),
+    "axis that would split dense layers": Bad(
+        "        expert: 2",
         "        expert: 1\n        tensor: 2 #!",
         f"{STRATEGY}.parallel.tensor",
-        "1",
-        "this release trains with expert and data parallelism",
+        "1 with ChronosMoE",
+        "its dense layers are not split",
     ),
     "context lengths that differ": Bad(
         "    context_length: 144\n    prediction_length: 24\n    batch_size: 96",

@@ -14,10 +14,10 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from rich.console import Console
 
 from lightning_moe.cli import lightning_cli
-from lightning_moe.cli.report import DatasetScores, Summary, print_summary
-from lightning_moe.cli.report.baseline import naive_scores
-from lightning_moe.cli.report.callback import check_reportable
-from lightning_moe.cli.report.summary import mean_datasets, published_scores, relative_score
+from lightning_moe.cli.report import DatasetScores, ForecastSummary, report_on
+from lightning_moe.cli.report.forecast import ForecastReport, print_forecast_summary
+from lightning_moe.cli.report.forecast.baseline import naive_scores
+from lightning_moe.cli.report.forecast.summary import mean_datasets, published_scores, relative_score
 from lightning_moe.data import SeriesDataModule
 from lightning_moe.data.fcomp import load_competitions
 from lightning_moe.data.time_series import Series
@@ -31,7 +31,7 @@ def series(values: list[float], test: list[float], season_length: int) -> Series
     return Series(item_id="x", dataset="d", values=np.array(values), test=np.array(test), season_length=season_length)
 
 
-def summary(**changes: Any) -> Summary:
+def summary(**changes: Any) -> ForecastSummary:
     names = ("m1_yearly", "m3_yearly")
     values: dict[str, Any] = {
         "command": "fit",
@@ -50,12 +50,12 @@ def summary(**changes: Any) -> Summary:
         "checkpoint": "/nowhere/step=2000.ckpt",
         "forecast_png": "/nowhere/forecasts.png",
     }
-    return Summary(**values | changes)
+    return ForecastSummary(**values | changes)
 
 
-def printed(one: Summary) -> str:
+def printed(one: ForecastSummary) -> str:
     console = Console(file=io.StringIO(), width=100)
-    print_summary(one, console)
+    print_forecast_summary(one, console)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -117,8 +117,8 @@ def test_means_run_over_comparable_sets_or_over_all() -> None:
 
 
 def test_summary_survives_json() -> None:
-    assert Summary.from_json(summary().as_json()) == summary()
-    assert Summary.from_json(summary(expert_load=None, checkpoint=None).as_json()).expert_load is None
+    assert ForecastSummary.from_json(summary().as_json()) == summary()
+    assert ForecastSummary.from_json(summary(expert_load=None, checkpoint=None).as_json()).expert_load is None
 
 
 def test_json_is_strict_and_one_line() -> None:
@@ -132,7 +132,7 @@ def test_json_is_strict_and_one_line() -> None:
     values = json.loads(text, parse_constant=refuse)
     assert values["relative_mase"] is None
     assert values["datasets"]["m1_yearly"]["relative_wql"] is None
-    back = Summary.from_json(text)
+    back = ForecastSummary.from_json(text)
     assert math.isnan(back.relative_mase)
     assert math.isnan(back.datasets["m1_yearly"].mase)
 
@@ -183,13 +183,13 @@ def line_of(text: str, content: str) -> str:
 
 def test_only_forecasts_of_series_are_reported() -> None:
     data = SeriesDataModule(datasets=["m1_yearly"])
-    check_reportable(ChronosMoE(), data)
-    with pytest.raises(ConfigError, match=r"report: True .* as model \(it is BoringModel\)"):
-        check_reportable(BoringModel(), data)
+    assert report_on(ChronosMoE(), data) is ForecastReport
+    with pytest.raises(ConfigError, match=r"report: True .*ChronosMoE or .*GPTMoE as model \(it is BoringModel\)"):
+        report_on(BoringModel(), data)
     with pytest.raises(ConfigError, match=r"report: True .* as data \(it is BoringDataModule\)"):
-        check_reportable(ChronosMoE(), BoringDataModule())
+        report_on(ChronosMoE(), BoringDataModule())
     with pytest.raises(ConfigError, match=r"as data \(it is NoneType\)"):
-        check_reportable(ChronosMoE(), None)
+        report_on(ChronosMoE(), None)
 
 
 # --- refused settings

@@ -17,6 +17,7 @@ from lightning_moe.config import optimizer as optimizer_module
 from lightning_moe.config import parallel as parallel_module
 from lightning_moe.config import series as series_module
 from lightning_moe.config import strategy as strategy_module
+from lightning_moe.config import text as text_module
 from lightning_moe.config.series import SeriesConfig
 from lightning_moe.errors import ConfigError
 
@@ -142,6 +143,7 @@ def test_survives_a_dictionary() -> None:
         parallel_module,
         series_module,
         strategy_module,
+        text_module,
     ],
 )
 def test_every_field_has_one_sentence(module: ModuleType) -> None:

@@ -12,10 +12,11 @@ import pytest
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_moe import ChronosMoE, MoEStrategy, SeriesDataModule
-from lightning_moe.config.recipe import ChronosMoERecipe
+from lightning_moe import ChronosMoE, GPTMoE, MoEStrategy, SeriesDataModule, TextDataModule
+from lightning_moe.config.recipe import ChronosMoERecipe, GPTMoERecipe
 from lightning_moe.config.series import HORIZONS, DatasetName, SeriesConfig
 from lightning_moe.config.strategy import StrategyRecipe
+from lightning_moe.config.text import TextConfig
 from lightning_moe.config.trainer import StrategyName, TrainerRecipe
 
 
@@ -37,7 +38,9 @@ def arguments(cls: type) -> Mapping[str, inspect.Parameter]:
         (pl.Trainer, TrainerRecipe),
         (MoEStrategy, StrategyRecipe),
         (SeriesDataModule, SeriesConfig),
+        (TextDataModule, TextConfig),
         (ChronosMoE, ChronosMoERecipe),
+        (GPTMoE, GPTMoERecipe),
     ],
 )
 def test_same_names_and_defaults(cls: type, schema: Any) -> None:

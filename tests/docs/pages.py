@@ -1,7 +1,8 @@
 """The documentation's pages and what is in them: fenced blocks, links, headings.
 
 A comment in front of a block, ``<!-- test: ranks=2 -->``, says how it is tested: ``ranks=N`` runs the Python blocks of
-the page on N ranks, ``refused`` marks a recipe that ``lightning-moe check`` must refuse.
+the page on N ranks, ``refused`` marks a recipe that ``lightning-moe check`` must refuse, and ``on=NAME`` says which of
+the repository's recipes a part of a recipe is laid on.
 """
 
 from __future__ import annotations

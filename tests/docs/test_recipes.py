@@ -36,11 +36,12 @@ def titled_files(page: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_recipe_passes_the_check(block: Block, tmp_path: Path) -> None:
-    """A part of a recipe is checked on top of the default one, as a second ``--config``."""
+    """A part of a recipe is checked on top of a whole one, as a second ``--config``."""
     path = tmp_path / "recipe.yaml"
     path.write_text(block.text)
     is_whole = re.search(r"^model:", block.text, re.MULTILINE) and re.search(r"^trainer:", block.text, re.MULTILINE)
-    verdict = check.check([str(path)] if is_whole else [str(DEFAULT), str(path)])
+    base = ROOT / "recipes" / f"{block.directive.removeprefix('on=')}.yaml" if "on=" in block.directive else DEFAULT
+    verdict = check.check([str(path)] if is_whole else [str(base), str(path)])
     refused = [str(problem) for problem in verdict.problems]
     assert bool(refused) == (block.directive == "refused"), refused
 

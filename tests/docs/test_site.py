@@ -20,7 +20,19 @@ import yaml
 import lightning_moe
 from tests.docs.pages import DOCS, ROOT, anchors_of, links_of, name_of, pages, references_of, rendered_by
 
-ROOMS = ("callbacks", "config", "data", "layers", "metrics", "models.chronos_moe", "moe", "strategy")
+ROOMS = (
+    "callbacks",
+    "config",
+    "data",
+    "data.text",
+    "layers",
+    "metrics",
+    "models.chronos_moe",
+    "models.gpt_moe",
+    "moe",
+    "strategy",
+    "weight_grad",
+)
 
 
 def nav_files(nav: Any) -> Iterator[str]:

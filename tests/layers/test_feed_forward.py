@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from lightning_moe.layers import FeedForward, ResidualBlock
+from lightning_moe.layers import FeedForward, ResidualBlock, SwiGLU, TokenLayout, swiglu
+from lightning_moe.parallel.mesh import ParallelMesh
+from tests.distributed import RankPool
+from tests.layers.parallel import (
+    TOLERANCES,
+    Grads,
+    assert_close,
+    assert_shards,
+    build_mesh,
+    gather,
+    own_rows,
+    random,
+    result_of,
+)
 
 
 def test_feed_forward() -> None:
@@ -24,3 +40,85 @@ def test_residual_block() -> None:
     expected = hidden @ block.output_proj.weight.T + block.output_proj.bias
     expected = expected + x @ block.residual_proj.weight.T + block.residual_proj.bias
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-14)
+
+
+def plain_swiglu(projected: Tensor) -> Tensor:
+    gate, up = projected.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_swiglu_is_autograds_to_the_last_bit(dtype: torch.dtype) -> None:
+    projected, weight = random(5, 3, 14, dtype=dtype), random(5, 3, 7, seed=1, dtype=dtype)
+    results = []
+    for function in (swiglu, plain_swiglu):
+        leaf = projected.clone().requires_grad_()
+        output = function(leaf)
+        output.backward(weight)
+        assert leaf.grad is not None
+        results.append((output.detach(), leaf.grad))
+    for value, expected in zip(*results, strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_swiglu_keeps_only_its_input() -> None:
+    kept = []
+    projected = random(5, 14).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        swiglu(projected)
+    assert [tensor.data_ptr() for tensor in kept] == [projected.data_ptr()]
+
+
+def test_swiglu_second_derivative_and_transposed_input() -> None:
+    projected = random(6, 4).requires_grad_()
+    torch.autograd.gradcheck(lambda x: swiglu(x.t()), projected)
+    torch.autograd.gradgradcheck(swiglu, projected)
+
+
+WIDTH, INNER, TOKENS = 6, 10, 8
+
+
+def feed_forward(mesh: ParallelMesh) -> SwiGLU:
+    torch.manual_seed(0)
+    return SwiGLU(WIDTH, INNER, mesh, init_std=0.7, output_init_std=0.5)
+
+
+def run_feed_forward(layout: TokenLayout, dtype: torch.dtype) -> Grads:
+    mesh = build_mesh(tensor=torch.distributed.get_world_size())
+    layer = feed_forward(mesh).to(dtype)
+    leaf = own_rows(random(TOKENS, WIDTH, dtype=dtype), mesh, layout).clone().requires_grad_()
+    output = layer(leaf, layout)
+    (own_rows(random(TOKENS, WIDTH, seed=1, dtype=dtype), mesh, layout) * output.sin()).sum().backward()
+    return result_of(layer, output, leaf)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_swiglu_layer(ranks: RankPool, world_size: int, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    """On four ranks the inner width of 10 is split unevenly."""
+    layout = TokenLayout(2, 4, sequence_parallel)
+    results = ranks.run(world_size, run_feed_forward, layout, dtype)
+    layer = feed_forward(ParallelMesh.single()).to(dtype)
+    gate, up = layer.gate_up_proj.weight[:INNER], layer.gate_up_proj.weight[INNER:]
+    hidden = random(TOKENS, WIDTH, dtype=dtype).requires_grad_()
+    output = (F.silu(hidden @ gate.T) * (hidden @ up.T)) @ layer.down_proj.weight.T
+    (random(TOKENS, WIDTH, seed=1, dtype=dtype) * output.sin()).sum().backward()
+    assert hidden.grad is not None
+    assert_close(gather([result.output for result in results], layout), output.detach(), TOLERANCES[dtype])
+    assert_close(gather([result.input for result in results], layout), hidden.grad, TOLERANCES[dtype])
+    expected = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    assert_shards(results, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.slow
+def test_swiglu_layer_compiled() -> None:
+    layer = feed_forward(ParallelMesh.single()).double()
+    layout = TokenLayout(2, 4)
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager")):
+        hidden = random(TOKENS, WIDTH).requires_grad_()
+        output = function(hidden, layout)
+        results.append([output, *torch.autograd.grad(output.sin().sum(), [hidden, *layer.parameters()])])
+    for value, expected in zip(*results, strict=True):
+        assert_close(value, expected, 1e-12)

@@ -15,6 +15,7 @@ from lightning_moe.config.moe import MoEConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.moe.layer import MoELayer
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import ShardSpecs, shard_specs
 from lightning_moe.parallel.state import load_full_state_dict
 
 
@@ -28,6 +29,7 @@ class Case:
     cotangent: tuple[Tensor, ...]
     mask: tuple[Tensor, ...] | None = None
     expert: int = 1
+    expert_tensor: int = 1
     late_sharding: bool = False
     """Build the layer whole and spread it by ``shard_``, instead of building this rank's part."""
     training: bool = True
@@ -44,7 +46,7 @@ class Result:
     output: Tensor
     hidden_grad: Tensor
     grads: dict[str, Tensor]
-    index: tuple[int, ...]
+    specs: dict[str, ShardSpecs]
     auxiliary_loss: Tensor
     z_loss: Tensor
     tokens_per_expert: Tensor
@@ -62,6 +64,7 @@ def random_case(
     masked: float = 0.0,
     sequence_length: int | None = None,
     expert: int = 1,
+    expert_tensor: int = 1,
     late_sharding: bool = False,
     training: bool = True,
 ) -> Case:
@@ -84,6 +87,7 @@ def random_case(
         cotangent=tuple(normal(*shape, hidden_size).to(dtype) for shape in shapes),
         mask=mask,
         expert=expert,
+        expert_tensor=expert_tensor,
         late_sharding=late_sharding,
         training=training,
     )
@@ -98,13 +102,20 @@ def build_layer(case: Case, mesh: ParallelMesh | None) -> MoELayer:
     return layer.train(case.training)
 
 
-def run_rank(case: Case) -> Result:
-    """Run this rank's part; ``sum`` over ranks of its loss is the loss of :func:`run_single`."""
-    mesh = ParallelMesh.build(ParallelConfig(expert=case.expert))
-    rank = mesh.global_rank
-    layer = build_layer(case, mesh)
-    mask = None if case.mask is None else case.mask[rank]
-    return _run(layer, case.hidden[rank], case.cotangent[rank], mask, mesh.world_size)
+def run_ranks(cases: Sequence[Case]) -> list[Result]:
+    """This rank's part of each case; ``sum`` over ranks of its loss is the loss of :func:`run_single`."""
+    meshes: dict[tuple[int, int], ParallelMesh] = {}
+    results = []
+    for case in cases:
+        key = (case.expert, case.expert_tensor)
+        if key not in meshes:  # process groups take longer than the case
+            meshes[key] = ParallelMesh.build(ParallelConfig(expert=case.expert, expert_tensor=case.expert_tensor))
+        mesh = meshes[key]
+        rank = mesh.global_rank
+        mask = None if case.mask is None else case.mask[rank]
+        layer = build_layer(case, mesh)
+        results.append(_run(layer, case.hidden[rank], case.cotangent[rank], mask, mesh.world_size))
+    return results
 
 
 def run_single(case: Case) -> Result:
@@ -126,7 +137,7 @@ def _run(layer: MoELayer, hidden: Tensor, cotangent: Tensor, mask: Tensor | None
         output.detach(),
         hidden.grad,
         {name: grad for name, grad in grads.items() if grad is not None},
-        layer.experts.index,
+        shard_specs(layer),
         info.auxiliary_loss.detach(),
         info.z_loss.detach(),
         info.tokens_per_expert,
@@ -135,26 +146,31 @@ def _run(layer: MoELayer, hidden: Tensor, cotangent: Tensor, mask: Tensor | None
 
 
 def assemble(results: Sequence[Result]) -> Result:
-    """Put the ranks' results together as a single process would have computed them."""
+    """Put the ranks' results together as a single process would have computed them, in logical order."""
     grads: dict[str, Tensor] = {}
-    num_experts = results[0].tokens_per_expert.numel()
     for result in results:
         for name, grad in result.grads.items():
-            whole = grad
-            if name.startswith("experts."):
-                whole = grad.new_zeros((num_experts, *grad.shape[1:]))
-                whole[list(result.index)] = grad
+            whole = in_whole(grad, result.specs.get(name, ()))
             grads[name] = grads[name] + whole if name in grads else whole
     return Result(
         torch.cat([result.output for result in results]),
         torch.cat([result.hidden_grad for result in results]),
         grads,
-        tuple(range(num_experts)),
+        {},
         torch.stack([result.auxiliary_loss for result in results]).mean(),
         torch.stack([result.z_loss for result in results]).mean(),
         torch.stack([result.tokens_per_expert for result in results]).sum(0),
         torch.stack([result.dropped for result in results]).sum(),
     )
+
+
+def in_whole(local: Tensor, specs: ShardSpecs) -> Tensor:
+    """The part at its place in the whole tensor, zeros elsewhere."""
+    for spec in specs:
+        shape = list(local.shape)
+        shape[spec.dim] = spec.size
+        local = local.new_zeros(shape).index_copy_(spec.dim, torch.tensor(spec.index), local)
+    return local
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -170,7 +186,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def assert_same(actual: Result, expected: Result, tolerance: float) -> None:
     """Compare outputs, gradients and losses to a relative tolerance, and counts exactly."""
-    index = list(expected.index)
     errors = {
         "output": relative_error(actual.output, expected.output),
         "hidden gradient": relative_error(actual.hidden_grad, expected.hidden_grad),
@@ -179,11 +194,8 @@ def assert_same(actual: Result, expected: Result, tolerance: float) -> None:
     }
     assert actual.grads.keys() == expected.grads.keys()
     for name, grad in expected.grads.items():
-        if name.startswith("experts."):
-            whole = torch.empty_like(grad)
-            whole[index] = grad
-            grad = whole
-        errors[name] = relative_error(actual.grads[name], grad)
+        whole = in_whole(actual.grads[name], actual.specs.get(name, ()))
+        errors[name] = relative_error(whole, in_whole(grad, expected.specs.get(name, ())))
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     assert not wrong, f"relative errors above {tolerance}: {wrong}"
     assert actual.tokens_per_expert.tolist() == expected.tokens_per_expert.tolist()

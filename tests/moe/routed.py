@@ -15,6 +15,7 @@ from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.moe.choices import count_choices
 from lightning_moe.moe.layer import MoELayer
 from lightning_moe.moe.router import Routing
+from lightning_moe.moe.routing_tape import RoutingTape
 from lightning_moe.parallel.mesh import ParallelMesh
 
 
@@ -65,6 +66,6 @@ class _GivenRouting(nn.Module):
         self.weights = nn.Parameter(weights.clone())
         self.num_experts = num_experts
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Routing:
+    def forward(self, hidden: Tensor, mask: Tensor | None, saved: RoutingTape | None) -> Routing:
         nothing = torch.zeros(len(hidden), self.num_experts)
         return Routing(self.experts, self.weights, nothing, nothing, count_choices(self.experts, self.num_experts))

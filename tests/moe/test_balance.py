@@ -1,17 +1,13 @@
-"""Balance losses against Hugging Face, loops, and a single process."""
+"""Balance losses against Hugging Face and loops; over ranks they are compared in test_parallel_axes.py."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.moe import balance
 from lightning_moe.moe.choices import count_choices
-from tests.distributed import RankPool
 
 E, K = 6, 2
 
@@ -66,16 +62,22 @@ def sequence_loss_by_loops(scores: Tensor, experts: Tensor, mask: Tensor | None)
     return torch.stack(losses).mean()
 
 
+def sequence_loss(scores: Tensor, experts: Tensor, mask: Tensor | None) -> Tensor:
+    """Ours, for ``[B, S]`` tokens."""
+    batch, length = scores.shape[:2]
+    sequence = torch.arange(batch).repeat_interleave(length)
+    flat_mask = None if mask is None else mask.flatten()
+    counts = balance.count_by_sequence(experts.flatten(0, 1), sequence, (batch, E), flat_mask)
+    return balance.sequence_auxiliary_loss(scores.flatten(0, 1), sequence, counts, K, flat_mask)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_sequence_loss(masked: bool) -> None:
     _, scores, experts = decisions(5, 7)
     mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6 if masked else None
     if mask is not None:
         mask[2] = False  # a sequence of padding only counts nowhere
-    ours, expected = (
-        balance.sequence_auxiliary_loss(scores, experts, mask),
-        sequence_loss_by_loops(scores, experts, mask),
-    )
+    ours, expected = sequence_loss(scores, experts, mask), sequence_loss_by_loops(scores, experts, mask)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-14)
     gradients = [torch.autograd.grad(loss, scores)[0] for loss in (ours, expected)]
     assert torch.allclose(*gradients, rtol=1e-13, atol=1e-16)
@@ -87,65 +89,44 @@ def test_z_loss(masked: bool) -> None:
     mask = torch.arange(9) % 2 > 0 if masked else None
     real = logits if mask is None else logits[mask]
     expected = sum(torch.exp(row).sum().log() ** 2 for row in real) / len(real)
-    assert balance.z_loss(logits, mask).item() == pytest.approx(expected.item(), rel=1e-14)
+    assert balance.z_loss(logits, torch.tensor(len(real)), mask).item() == pytest.approx(expected.item(), rel=1e-14)
 
 
 def test_masked_tokens_count_nowhere() -> None:
     logits, scores, experts = decisions(9)
     mask = torch.arange(9) % 2 > 0
-    counts = count_choices(experts[mask], E)
+    counts, num_real = count_choices(experts[mask], E), mask.sum()
     assert torch.equal(balance.auxiliary_loss(scores, counts, K, mask), balance.auxiliary_loss(scores[mask], counts, K))
-    assert balance.z_loss(logits, mask).item() == pytest.approx(balance.z_loss(logits[mask]).item(), rel=1e-14)
+    expected = balance.z_loss(logits[mask], num_real)
+    assert balance.z_loss(logits, num_real, mask).item() == pytest.approx(expected.item(), rel=1e-14)
+
+
+def test_terms_of_parts_add_up() -> None:
+    """Tokens cut anywhere, also inside a sequence: with the counts of all, the parts' terms sum to the whole."""
+    logits, scores, experts = decisions(12)
+    sequence = torch.arange(3).repeat_interleave(4)
+    counts, by_sequence = count_choices(experts, E), balance.count_by_sequence(experts, sequence, (3, E))
+    parts = [slice(0, 5), slice(5, 5), slice(5, 12)]
+    losses = {
+        "auxiliary": lambda own: balance.auxiliary_loss(scores[own], counts, K),
+        "sequence": lambda own: balance.sequence_auxiliary_loss(scores[own], sequence[own], by_sequence, K),
+        "z": lambda own: balance.z_loss(logits[own], torch.tensor(12)),
+    }
+    for name, loss in losses.items():
+        whole = loss(slice(None)).item()
+        assert sum(loss(own).item() for own in parts) == pytest.approx(whole, rel=1e-14), name
 
 
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_nothing_real_is_zero_with_a_gradient_of_zeros(num_tokens: int) -> None:
-    _, scores, _ = decisions(num_tokens)
+    _, scores, experts = decisions(num_tokens)
     mask, counts = torch.zeros(num_tokens, dtype=torch.bool), torch.zeros(E, dtype=torch.int64)
     losses = [
         balance.auxiliary_loss(scores, counts, K, mask),
-        balance.sequence_auxiliary_loss(scores[None], scores.topk(K).indices[None], mask[None]),
-        balance.z_loss(scores, mask),
+        sequence_loss(scores[None], experts[None], mask[None]),
+        balance.z_loss(scores, mask.sum(), mask),
     ]
     for loss in losses:
         assert loss.item() == 0
         (gradient,) = torch.autograd.grad(loss, scores)
         assert not gradient.any()
-
-
-def _global_loss(lengths: list[int], masked: bool) -> tuple[float, Tensor]:
-    """This rank's loss and its gradient, for its part of one global batch."""
-    _, scores, experts, mask = _part(lengths, dist.get_rank(), masked)
-    sent = mask[:, None].expand_as(experts)
-    loss = balance.global_auxiliary_loss(scores, count_choices(experts, E, sent), K, mask, dist.group.WORLD)
-    return loss.item(), torch.autograd.grad(loss, scores)[0]
-
-
-def _part(lengths: list[int], rank: int, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # Each rank prefers other experts, so that a mean of local losses is far from the global one.
-    logits, _, _ = decisions(lengths[rank], seed=rank)
-    logits = logits + 3 * torch.nn.functional.one_hot(torch.tensor(rank), E)
-    scores = logits.softmax(-1).requires_grad_()
-    mask = torch.ones(lengths[rank], dtype=torch.bool)
-    if masked:
-        mask[::3] = False
-    return logits, scores, scores.detach().topk(K).indices, mask
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("lengths", [[8, 8, 8], [5, 0, 17], [1, 2, 3], [0, 0, 0]])
-def test_global_loss_is_that_of_one_process(ranks: RankPool, lengths: list[int], masked: bool) -> None:
-    results = ranks.run(3, partial(_global_loss, lengths, masked))
-    parts = [_part(lengths, rank, masked) for rank in range(3)]
-    scores = torch.cat([part[1].detach() for part in parts]).requires_grad_()
-    experts, mask = torch.cat([part[2] for part in parts]), torch.cat([part[3] for part in parts])
-    counts = count_choices(experts, E, mask[:, None].expand_as(experts))
-    whole = balance.auxiliary_loss(scores, counts, K, mask)
-    (gradient,) = torch.autograd.grad(whole, scores)
-    assert sum(loss for loss, _ in results) / 3 == pytest.approx(whole.item(), rel=1e-14)
-    assert torch.allclose(torch.cat([part for _, part in results]) / 3, gradient, rtol=1e-13, atol=0)
-    if sum(lengths):
-        local = [
-            balance.auxiliary_loss(s, count_choices(e, E, m[:, None].expand_as(e)), K, m).item() for _, s, e, m in parts
-        ]
-        assert sum(local) / 3 != pytest.approx(whole.item(), rel=1e-3)

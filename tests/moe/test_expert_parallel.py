@@ -9,7 +9,7 @@ import torch
 
 from lightning_moe.config.moe import MoEConfig
 from tests.distributed import RankPool
-from tests.moe.cases import Case, Result, assemble, assert_same, random_case, run_rank, run_single
+from tests.moe.cases import Case, assemble, assert_same, random_case, run_ranks, run_single
 
 
 def config(**changes: Any) -> MoEConfig:
@@ -24,13 +24,9 @@ def case(lengths: list[int], changes: dict[str, Any] | None = None, **arguments:
     return random_case(config(**(changes or {})), lengths, **({"expert": len(lengths)} | arguments))
 
 
-def run_cases(cases: list[Case]) -> list[Result]:
-    return [run_rank(case) for case in cases]
-
-
 def check(ranks: RankPool, cases: dict[str, Case], tolerance: float) -> None:
     """Run all cases on the ranks in one job, and compare each with a single process."""
-    by_rank = ranks.run(len(next(iter(cases.values())).hidden), run_cases, list(cases.values()))
+    by_rank = ranks.run(len(next(iter(cases.values())).hidden), run_ranks, list(cases.values()))
     for number, (name, one) in enumerate(cases.items()):
         try:
             assert_same(assemble([results[number] for results in by_rank]), run_single(one), tolerance)
@@ -95,6 +91,25 @@ def test_bfloat16(ranks: RankPool) -> None:
     check(ranks, spread_cases(2, torch.bfloat16), 3 * 2**-8)
 
 
+@pytest.mark.parametrize("expert", [1, 2])
+def test_split_experts(ranks: RankPool, expert: int) -> None:
+    """Each expert is cut in two; with ``expert`` 1 two pairs of ranks hold all of them."""
+    order = {"expert_placement": shuffled_order()}
+    arguments: dict[str, Any] = {"expert": expert, "expert_tensor": 2}
+    ragged = [7, 0, 2, 3]
+    cases = {
+        "even": case([5, 5, 5, 5], order, **arguments),
+        "masked": case(ragged, order, masked=0.4, **arguments),
+        "no tokens anywhere": case([0] * 4, **arguments),
+        "built whole, then spread": case(ragged, order | {"activation": "relu"}, late_sharding=True, **arguments),
+        "top 8": case(ragged, {"top_k": 8}, **arguments),
+    }
+    check(ranks, cases, 1e-12)
+    low: dict[str, Any] = arguments | {"dtype": torch.float32}
+    grouped = {"grouped": case([5, 5, 5, 5], {"expert_hidden_size": 16}, **low)}
+    check(ranks, grouped | {"loop": case([5, 5, 5, 5], {"grouped_gemm": False}, **low)}, 1e-6)
+
+
 def test_replicated_experts(ranks: RankPool) -> None:
     """Four ranks, experts over two of them: each pair works by itself, gradients add up over both."""
     cases = {
@@ -107,7 +122,10 @@ def test_replicated_experts(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("policy", ["probability", "position"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_capacity_is_per_rank(ranks: RankPool, policy: str, padded: bool) -> None:
+@pytest.mark.parametrize(("lengths", "expert_tensor"), [([9, 0, 6], 1), ([9, 6], 2)])
+def test_capacity_is_per_rank(
+    ranks: RankPool, lengths: list[int], expert_tensor: int, policy: str, padded: bool
+) -> None:
     """Each rank limits its own rows, so it equals a single process on each rank's tokens in turn."""
     changes = {
         "capacity_factor": 0.8,
@@ -116,8 +134,8 @@ def test_capacity_is_per_rank(ranks: RankPool, policy: str, padded: bool) -> Non
         "load_balancing": "none",
         "expert_placement": shuffled_order(),
     }
-    spread = case([9, 0, 6], changes, masked=0.2)
-    actual = assemble([results[0] for results in ranks.run(3, run_cases, [spread])])
+    spread = case(lengths, changes, masked=0.2, expert=len(lengths) // expert_tensor, expert_tensor=expert_tensor)
+    actual = assemble([results[0] for results in ranks.run(len(lengths), run_ranks, [spread])])
     assert spread.mask is not None
     parts = [
         run_single(Case(**(vars(spread) | {"hidden": (h,), "cotangent": (c,), "mask": (m,)})))
@@ -127,14 +145,10 @@ def test_capacity_is_per_rank(ranks: RankPool, policy: str, padded: bool) -> Non
     assert actual.dropped > 0
 
 
-def run_twice(one: Case) -> tuple[Result, Result]:
-    return run_rank(one), run_rank(one)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_runs_are_bitwise_equal(ranks: RankPool, dtype: torch.dtype) -> None:
     spread = case([30, 0, 17, 5], {"shared_expert_hidden_size": 8}, dtype=dtype, masked=0.1)
-    results = ranks.run(4, run_twice, spread)
-    first, second = assemble([pair[0] for pair in results]), assemble([pair[1] for pair in results])
+    results = ranks.run(4, run_ranks, [spread, spread])
+    first, second = (assemble([pair[number] for pair in results]) for number in (0, 1))
     assert_same(first, second, 0.0)
     assert first.output.any()

@@ -1,8 +1,12 @@
-"""The layer on a CUDA device."""
+"""The layer on CUDA devices."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +14,15 @@ import torch
 from torch import Tensor
 
 from lightning_moe.config.moe import MoEConfig
-from lightning_moe.moe.experts import can_group
 from lightning_moe.moe.layer import MoELayer
+from lightning_moe.moe.routing_tape import checkpoint_with_routing
+from lightning_moe.weight_grad import GroupedMatmulGrad, can_group
 from tests.moe.cases import relative_error
 
 pytestmark = pytest.mark.gpu
 
 
-def run(dtype: torch.dtype, device: str, **changes: Any) -> list[Tensor]:
+def run(dtype: torch.dtype, device: str, checkpointed: bool = False, **changes: Any) -> list[Tensor]:
     """Output and all gradients, on the CPU."""
     config = MoEConfig(num_experts=16, top_k=4, expert_hidden_size=64, shared_expert_hidden_size=32, **changes)
     torch.manual_seed(0)
@@ -25,7 +30,8 @@ def run(dtype: torch.dtype, device: str, **changes: Any) -> list[Tensor]:
     hidden, cotangent = torch.randn(2, 500, 128).to(dtype).unbind()
     mask = torch.rand(500) < 0.9
     layer, hidden = layer.to(device), hidden.to(device).requires_grad_()
-    output, info = layer(hidden, mask.to(device))
+    mask = mask.to(device)
+    output, info = checkpoint_with_routing(layer, hidden, mask) if checkpointed else layer(hidden, mask)
     ((output * cotangent.to(device)).sum() + info.auxiliary_loss + info.z_loss).backward()
     tensors = [output, hidden.grad, *(parameter.grad for parameter in layer.parameters())]
     return [tensor.detach().cpu() for tensor in tensors if tensor is not None]
@@ -60,17 +66,67 @@ def test_runs_are_bitwise_equal(dtype: torch.dtype, changes: dict[str, Any]) -> 
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_one_wait_for_the_device() -> None:
+def test_checkpointing_is_bitwise_equal() -> None:
+    kept, computed_again = (run(torch.bfloat16, "cuda", checkpointed, capacity_factor=0.8) for checkpointed in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_wait_for_the_device(checkpointed: bool) -> None:
     """The routing's row counts are read once; nothing else in forward or backward makes the host wait."""
     layer = MoELayer(128, MoEConfig(num_experts=16, top_k=4, expert_hidden_size=64)).cuda().bfloat16()
     hidden = torch.randn(500, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    layer(hidden)[0].sum().backward()  # kernels are loaded
+
+    def step() -> None:
+        output, _ = checkpoint_with_routing(layer, hidden) if checkpointed else layer(hidden)
+        output.sum().backward()
+
+    step()  # kernels are loaded
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            layer(hidden)[0].sum().backward()
+            step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(waits) == 1, waits
+
+
+def test_main_grads_of_bfloat16_experts_are_float32() -> None:
+    """Two micro-batches, with an expert that never gets a row and one that gets rows only once."""
+    generator = torch.Generator().manual_seed(0)
+    main = torch.full((4, 64, 128), torch.nan, device="cuda")
+    expected = torch.zeros(4, 64, 128, dtype=torch.float64)
+    for number, counts in enumerate([(300, 0, 77, 0), (123, 0, 4, 50)]):
+        rows = torch.randn(sum(counts), 128, generator=generator).bfloat16()
+        grads = torch.randn(sum(counts), 64, generator=generator).bfloat16()
+        offsets = torch.tensor(counts).cumsum(0).int().cuda()
+        grad = GroupedMatmulGrad(grads.cuda(), rows.cuda(), counts, offsets, can_group(rows.cuda(), main.bfloat16()))
+        pieces = zip(grads.double().split(counts), rows.double().split(counts), strict=True)
+        one = torch.stack([g.t() @ r for g, r in pieces])
+        assert relative_error(grad.compute().cpu(), one) <= 2**-8
+        grad.add_to(main, accumulate=number > 0)
+        expected += one
+    assert relative_error(main.cpu(), expected) <= 1e-6  # products of bf16 numbers are exact in float32
+    assert not main[1].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_nccl_equals_one_gpu(world_size: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    output = tmp_path / "errors.json"
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
+    command = [sys.executable, *launcher, "-m", "tests.moe.gpu_script", str(output)]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    errors = json.loads(output.read_text())
+    assert len(errors) == 36
+    # In bf16 the ranks' parts of a gradient are rounded before they are added up.
+    tolerances = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3 * 2**-8}
+    wrong = {case: error for case, error in errors.items() if not error <= tolerances[case.split("; ")[-1]]}
+    assert not wrong, wrong

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed import RankPool
-from tests.moe.cases import Case, Result, assemble, assert_same, relative_error, run_rank, run_single
+from tests.moe.cases import Case, Result, assemble, assert_same, relative_error, run_ranks, run_single
 from tests.moe.hugging_face import BLOCKS, Reference, reference, routed_reference
 from tests.moe.routed import RoutedBatch, RoutedResult, run_routed
 
@@ -37,21 +37,17 @@ def case_of(expected: Reference, num_ranks: int) -> Case:
 
 
 def result_of(expected: Reference) -> Result:
-    zero, index = torch.zeros(()), tuple(range(expected.config.num_experts))
+    zero = torch.zeros(())
     return Result(
         expected.output,
         expected.hidden_grad,
         expected.grads,
-        index,
+        {},
         zero,
         zero,
         expected.tokens_per_expert,
         torch.tensor(0),
     )
-
-
-def run_all(cases: list[Case]) -> list[Result]:
-    return [run_rank(case) for case in cases]
 
 
 def compare(ranks: RankPool, num_ranks: int, tolerances: dict[tuple[str, torch.dtype, bool], float]) -> None:
@@ -60,7 +56,7 @@ def compare(ranks: RankPool, num_ranks: int, tolerances: dict[tuple[str, torch.d
         for name, dtype, keep in tolerances
     }
     cases = [case_of(one, num_ranks) for one in expected.values()]
-    by_rank = [list(map(run_single, cases))] if num_ranks == 1 else ranks.run(num_ranks, run_all, cases)
+    by_rank = [list(map(run_single, cases))] if num_ranks == 1 else ranks.run(num_ranks, run_ranks, cases)
     for number, (key, one) in enumerate(expected.items()):
         actual = assemble([results[number] for results in by_rank])
         try:

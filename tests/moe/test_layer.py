@@ -11,8 +11,10 @@ import torch
 
 from lightning_moe.config.moe import MoEConfig
 from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.config.placement import ExpertPlacement
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.layer import MoELayer
+from lightning_moe.moe.slots import slots_of_experts
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import shard_specs
 from tests.moe.cases import Case, Result, assert_same, build_layer, random_case, relative_error, run_single
@@ -69,26 +71,15 @@ def run_naive(case: Case) -> Result:
         if name != "router.expert_bias"
     }
     zero = torch.zeros((), dtype=torch.float64)
-    index = tuple(range(case.config.num_experts))
     assert hidden.grad is not None
-    return Result(output.detach(), hidden.grad, grads, index, zero, zero, counts, torch.tensor(dropped))
-
-
-def in_logical_order(result: Result) -> Result:
-    """The single-process layer holds its experts in slot order; the reference knows only logical ids."""
-    for name, grad in result.grads.items():
-        if name.startswith("experts."):
-            whole = torch.empty_like(grad)
-            whole[list(result.index)] = grad
-            result.grads[name] = whole
-    return result
+    return Result(output.detach(), hidden.grad, grads, {}, zero, zero, counts, torch.tensor(dropped))
 
 
 @pytest.mark.parametrize("masked", [0.0, 0.4], ids=["all real", "masked"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_loops_over_tokens(name: str, masked: float) -> None:
     case = random_case(config_named(name), [3], sequence_length=5, masked=masked, hidden_size=8)
-    assert_same(in_logical_order(run_single(case)), run_naive(case), 1e-12)
+    assert_same(run_single(case), run_naive(case), 1e-12)
 
 
 def test_accepts_tokens_without_sequences() -> None:
@@ -243,7 +234,13 @@ def test_parameters_and_specs() -> None:
     }
     specs = shard_specs(layer)
     assert sorted(specs) == ["experts.down_proj", "experts.gate_up_proj"]
-    assert {(s.axis, s.dim, s.size, s.index) for s in specs.values()} == {("expert", 0, 6, (1, 0))}
+    assert {(s[0].axis, s[0].dim, s[0].size, s[0].index) for s in specs.values()} == {("expert", 0, 6, (1, 0))}
+
+
+def test_slots_of_split_experts() -> None:
+    """Experts 2 and 0 on the first pair of ranks, 3 and 1 on the second; a rank holds one half of two experts."""
+    slots = slots_of_experts(ExpertPlacement(4, 2, (2, 0, 3, 1)), 2)
+    assert slots.tolist() == [[1, 3], [5, 7], [0, 2], [4, 6]]
 
 
 def test_initial_weights_do_not_depend_on_the_topology() -> None:
@@ -274,10 +271,10 @@ def test_shard_keeps_the_parameter_objects() -> None:
     assert down.grad is None
     assert layer.experts.index == (2, 4)
     assert torch.equal(down, whole["experts.down_proj"][4:6])
-    assert shard_specs(layer)["experts.down_proj"].index == (2, 4)
+    assert shard_specs(layer)["experts.down_proj"][0].index == (2, 4)
     layer.shard_(mesh)
     assert layer.experts.index == (2, 4)
-    with pytest.raises(ConfigError, match="experts that this module holds"):
+    with pytest.raises(ConfigError, match="that this module holds"):
         layer.shard_(ParallelMesh(ParallelConfig(data=2, expert=2), 0))
 
 
@@ -285,7 +282,9 @@ def test_shard_keeps_the_parameter_objects() -> None:
     ("changes", "parallel", "field"),
     [
         ({}, ParallelConfig(data=4, expert=4), "moe.num_experts"),
-        ({}, ParallelConfig(data=2, expert_tensor=2), "parallel.expert_tensor"),
+        ({"expert_hidden_size": 9}, ParallelConfig(data=2, expert_tensor=2), "moe.expert_hidden_size"),
+        ({"routing_granularity": "series"}, ParallelConfig(data=1, tensor=2), "moe.routing_granularity"),
+        ({"routing_granularity": "series"}, ParallelConfig(data=1, context=2), "moe.routing_granularity"),
     ],
 )
 def test_refuses_meshes(changes: dict[str, Any], parallel: ParallelConfig, field: str) -> None:
@@ -308,4 +307,15 @@ def test_refuses_meshes(changes: dict[str, Any], parallel: ParallelConfig, field
 def test_refuses_inputs(changes: dict[str, Any], hidden: tuple[int, ...], mask: Any, field: str) -> None:
     with pytest.raises(ConfigError) as error:
         MoELayer(8, config_named("swiglu", **changes))(torch.zeros(hidden), mask)
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("sequence", "number", "field"),
+    [(torch.zeros(3, dtype=torch.int64), None, "num_sequences"), (torch.zeros(3), 1, "sequence")],
+)
+def test_refuses_sequences(sequence: torch.Tensor, number: int | None, field: str) -> None:
+    layer = MoELayer(8, config_named("swiglu", load_balancing="sequence"))
+    with pytest.raises(ConfigError) as error:
+        layer(torch.zeros(3, 8), sequence=sequence, num_sequences=number)
     assert error.value.field == field

@@ -46,8 +46,10 @@ def batches(rank: int, number: int) -> list[Tensor]:
     return [torch.randn(1 + (3 * rank + i) % 5, D, generator=generator) for i in range(number)]
 
 
-def evaluate(numbers: tuple[int, ...], expert: int, autocast: bool = False) -> tuple[list[Tensor], int]:
-    mesh = ParallelMesh.build(ParallelConfig(expert=expert))
+def evaluate(
+    numbers: tuple[int, ...], expert: int, expert_tensor: int, autocast: bool = False
+) -> tuple[list[Tensor], int]:
+    mesh = ParallelMesh.build(ParallelConfig(expert=expert, expert_tensor=expert_tensor))
     model = TwoLayers(mesh).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = [model(batch) for batch in batches(mesh.global_rank, numbers[mesh.global_rank])]
@@ -59,19 +61,23 @@ def evaluate(numbers: tuple[int, ...], expert: int, autocast: bool = False) -> t
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
-    ("numbers", "expert"),
+    ("numbers", "expert", "expert_tensor"),
     [
-        ((2, 5), 2),
-        ((3, 0), 2),
-        ((0, 0), 2),
-        ((4, 0, 2), 3),
-        ((1, 3, 0, 2), 4),
-        ((1, 3, 0, 2), 2),
-        ((1, 2), 1),
+        ((2, 5), 2, 1),
+        ((3, 0), 2, 1),
+        ((0, 0), 2, 1),
+        ((4, 0, 2), 3, 1),
+        ((1, 3, 0, 2), 4, 1),
+        ((1, 3, 0, 2), 2, 1),
+        ((1, 2), 1, 1),
+        ((1, 3, 0, 2), 2, 2),
+        ((1, 3, 0, 2), 1, 2),
     ],
 )
-def test_unequal_numbers_of_batches(ranks: RankPool, numbers: tuple[int, ...], expert: int, autocast: bool) -> None:
-    results = ranks.run(len(numbers), evaluate, numbers, expert, autocast, timeout=60)
+def test_unequal_numbers_of_batches(
+    ranks: RankPool, numbers: tuple[int, ...], expert: int, expert_tensor: int, autocast: bool
+) -> None:
+    results = ranks.run(len(numbers), evaluate, numbers, expert, expert_tensor, autocast, timeout=60)
     whole = TwoLayers(None).eval()
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-6}
     for rank, (outputs, served) in enumerate(results):
@@ -79,8 +85,9 @@ def test_unequal_numbers_of_batches(ranks: RankPool, numbers: tuple[int, ...], e
         for batch, output in zip(batches(rank, numbers[rank]), outputs, strict=True):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 assert torch.allclose(output, whole(batch), **tolerance)
-        group = numbers[rank - rank % expert : rank - rank % expert + expert]
-        assert served == 2 * (max(group) - numbers[rank])  # two layers; no one to serve when expert is 1
+        size = expert * expert_tensor
+        group = numbers[rank - rank % size : rank - rank % size + size]
+        assert served == 2 * (max(group) - numbers[rank])  # two layers; no one to serve in a group of one
 
 
 def evaluate_until_small() -> tuple[Tensor, int, int]:
@@ -189,7 +196,7 @@ def serve_one_of_two() -> str:
     # Only the header, so that this rank does not wait for rows that never come.
     header = torch.tensor([1, 0, 0, *[0] * 24])
     gathered = header.new_empty(2 * len(header))
-    dist.all_gather_into_tensor(gathered, header, group=mesh.group("expert"))
+    dist.all_gather_into_tensor(gathered, header, group=mesh.group("expert_model"))
     return "called"
 
 

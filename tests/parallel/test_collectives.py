@@ -14,9 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.config.parallel import ParallelConfig
-from lightning_moe.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from lightning_moe.parallel.collectives import (
+    all_gather,
+    all_to_all,
+    copies_to_slices,
+    copies_to_summands,
+    reduce_scatter,
+    slices_to_copies,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+    summands_to_copies,
+)
 from lightning_moe.parallel.mesh import ParallelMesh
-from tests.distributed import RankPool
+from tests.distributed import RankFailure, RankPool
 
 Splits = Sequence[Sequence[int]]
 """``splits[s][d]``: rows that rank s sends to rank d."""
@@ -252,11 +263,78 @@ def test_second_derivatives(ranks: RankPool) -> None:
             torch.testing.assert_close(results[rank][i], expected[rank], rtol=1e-13, atol=1e-13)
 
 
+def run_copies_and_parts(dim: int, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    """Value, gradient and second derivative of a function of a copy that goes through summands, then through slices.
+
+    ``f(x) = sin(sum_r (r + 1) x^2)`` cut into slices, each cubed and weighted by its rank, and put together again.
+    """
+    world, rank = dist.group.WORLD, dist.get_rank()
+    x = random_tensor(0, 4, 4, dtype=dtype).transpose(0, 1).requires_grad_()
+
+    def function(copy: Tensor) -> list[Tensor]:
+        summand = copies_to_summands(copy, world).square() * (rank + 1)
+        total = summands_to_copies(summand, world).sin()
+        return [total, slices_to_copies(copies_to_slices(total, world, dim) ** 3 * (rank + 1), world, dim)]
+
+    results = []
+    for output in function(x):
+        (grad,) = torch.autograd.grad(output.cos().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.pow(2).sum(), x, retain_graph=True)
+        results.append((output.detach(), grad.detach(), second))
+    return results
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_copies_and_parts(ranks: RankPool, world_size: int, dim: int) -> None:
+    x = random_tensor(0, 4, 4).transpose(0, 1).requires_grad_()
+    total = (x.square() * sum(range(1, world_size + 1))).sin()
+    weighted = torch.cat([part**3 * (r + 1) for r, part in enumerate(total.chunk(world_size, dim))], dim)
+    results = ranks.run(world_size, run_copies_and_parts, dim, torch.float64)
+    for i, output in enumerate((total, weighted)):
+        (grad,) = torch.autograd.grad(output.cos().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.pow(2).sum(), x, retain_graph=True)
+        for result in results:
+            torch.testing.assert_close(result[i][0], output.detach(), rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(result[i][1], grad.detach(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(result[i][2], second, rtol=1e-11, atol=1e-11)
+
+
+def slice_unevenly(dim: int) -> None:
+    copies_to_slices(torch.zeros(4, 5), dist.group.WORLD, dim)
+
+
+def test_slices_need_a_multiple_of_the_ranks(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match="length 5 along dim 1 is not a multiple of 2 ranks"):
+        ranks.run(2, slice_unevenly, 1)
+
+
+def run_started() -> list[Tensor]:
+    world = dist.group.WORLD
+    assert world is not None
+    x = random_tensor(dist.get_rank(), 4, WIDTH)
+    gather, scatter = start_all_gather(x[::2], world), start_reduce_scatter(x.t().contiguous().t(), world)
+    reduce = start_all_reduce_(x.clone(), world)
+    return [pending.wait() for pending in (gather, scatter, reduce)]
+
+
+def test_started_collectives(ranks: RankPool) -> None:
+    first, second = random_tensor(0, 4, WIDTH), random_tensor(1, 4, WIDTH)
+    for rank, (gathered, scattered, reduced) in enumerate(ranks.run(2, run_started)):
+        assert torch.equal(gathered, torch.cat((first[::2], second[::2])))
+        assert torch.equal(scattered, (first + second).chunk(2)[rank])
+        assert torch.equal(reduced, first + second)
+
+
 def test_no_group_is_the_identity() -> None:
     x = random_tensor(0, 4, WIDTH).requires_grad_()
     assert all_to_all(x, [4], [4], None) is x
     assert all_gather(x, None, dim=1) is x
     assert reduce_scatter(x, None) is x
+    assert copies_to_summands(x, None) is x
+    assert summands_to_copies(x, None) is x
+    assert copies_to_slices(x, None, dim=1) is x
+    assert slices_to_copies(x, None, dim=1) is x
 
 
 def test_group_of_one_rank_is_the_identity(ranks: RankPool) -> None:

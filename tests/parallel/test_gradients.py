@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_moe import ConfigError, ParallelConfig, ParallelMesh, ShardSpec, set_shard_spec
 from lightning_moe.parallel.grad_norm import global_grad_norm
 from lightning_moe.parallel.gradients import GradientReducer
+from lightning_moe.parallel.sharding import set_partial_grad
+from lightning_moe.weight_grad import linear, sink_of
 from tests.distributed import RankPool
 
 
@@ -338,3 +341,92 @@ def test_global_norm_counts_every_parameter_once(ranks: RankPool) -> None:
     assert ranks.run(4, norm, 2.0) == [13.0] * 4
     assert ranks.run(4, norm, math.inf) == [12.0] * 4
     assert ranks.run(4, norm, 1.0) == [19.0] * 4
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the head's, and a projection: gradients by both ways into a bucket."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Parameter(torch.randn(7, 4, generator=generator).to(dtype))
+        self.projection = nn.Parameter(torch.randn(4, 4, generator=generator).to(dtype))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        hidden = nn.functional.embedding(tokens, self.embedding)
+        return linear(linear(hidden, self.projection).tanh(), self.embedding).square().mean()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_weight_gradients_that_bypass_autograd(dtype: torch.dtype, bucket_bytes: int) -> None:
+    """A tied weight gets one contribution from the sink and one from autograd, over two micro-batches."""
+    module, plain = Tied(dtype), Tied(dtype)
+    reducer = GradientReducer(module, ParallelMesh.single(), bucket_bytes)
+    batches = [torch.tensor([0, 3, 3]), torch.tensor([6, 1, 0])]
+    for tokens in batches:
+        _backward(reducer, module.loss(tokens))
+        plain.loss(tokens).backward()
+    for (name, parameter), expected in zip(module.named_parameters(), plain.parameters(), strict=True):
+        assert parameter.grad is not None, name
+        tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_low_precision_weights_have_their_gradients_summed_in_float32() -> None:
+    """Autograd would add 256 contributions in bfloat16, which stops at 8 bits."""
+    weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
+    module = nn.Module()
+    module.register_parameter("weight", weight)
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    rows = torch.full((1, 1), 1.0, dtype=torch.bfloat16)
+    for scale in (1.0, *[1 / 512] * 256):
+        _backward(reducer, scale * linear(rows, weight).sum())
+    assert weight.grad is not None
+    assert weight.grad.item() == 1.5
+
+
+def test_a_backward_of_somebody_else_does_not_reach_the_buckets() -> None:
+    module = Tied()
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    loss = module.loss(torch.tensor([1, 2]))
+    grads = torch.autograd.grad(loss, list(module.parameters()))
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    assert module.projection.grad is None
+    reducer.close()
+    assert sink_of(module.projection) is None
+
+
+def test_a_module_with_a_reducer_can_be_pickled() -> None:
+    module = Tied()
+    reducer = GradientReducer(module, ParallelMesh.single(), 2**20)
+    twin = pickle.loads(pickle.dumps(module))
+    assert sink_of(twin.projection) is None
+    assert torch.equal(twin.projection, module.projection)
+    reducer.close()
+
+
+class Replicated(nn.Module):
+    """A copy on every tensor rank, used in the same way by all, or with a part each."""
+
+    def __init__(self, partial: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        if partial:
+            set_partial_grad(self, "weight")
+
+
+def reduce_over_tensor(partial: bool) -> list[float]:
+    """Rank ``r`` contributes ``r + 1``."""
+    mesh = ParallelMesh.build(ParallelConfig(tensor=2))
+    module = Replicated(partial)
+    reducer = GradientReducer(module, mesh, 2**20)
+    _backward(reducer, (mesh.global_rank + 1.0) * module.weight.sum())
+    assert module.weight.grad is not None
+    return module.weight.grad.tolist()
+
+
+def test_partial_gradients_are_summed_over_tensor(ranks: RankPool) -> None:
+    """Data ranks {0, 2} and {1, 3}: the mean of each for copies, the mean over data of the sums for parts."""
+    assert ranks.run(4, reduce_over_tensor, False) == [[2.0] * 2, [3.0] * 2, [2.0] * 2, [3.0] * 2]
+    assert ranks.run(4, reduce_over_tensor, True) == [[5.0] * 2] * 4

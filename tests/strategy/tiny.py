@@ -135,7 +135,7 @@ class Recorder(pl.Callback):
     def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> Run:
         """The run as the single process would see it; call it on all ranks."""
         losses = self.losses
-        if dist.is_initialized():
+        if dist.is_initialized():  # tensor ranks report the same loss, so the mean over all ranks is that over data
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, losses)
             losses = [sum(values) / len(values) for values in zip(*gathered, strict=True)]
@@ -153,29 +153,36 @@ def whole(module: nn.Module, name: str, local: Tensor | None) -> Tensor | None:
     local = None if local is None else local.detach().to("cpu", copy=True)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return local
-    spec = shard_specs(module).get(name)
+    specs = shard_specs(module).get(name, ())
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (None if spec is None else spec.index, local))
-    if spec is None:
-        for _, part in parts[1:]:
-            assert (part is None) == (parts[0][1] is None), f"{name}: only some ranks have a gradient"
-            assert part is None or torch.equal(part, parts[0][1]), f"{name}: replicas differ"
-        return parts[0][1]
+    dist.all_gather_object(parts, ([spec.index for spec in specs], local))
+    for _, part in parts[1:]:
+        assert (part is None) == (parts[0][1] is None), f"{name}: only some ranks have a gradient"
     if parts[0][1] is None:
         return None
-    slices: dict[int, Tensor] = {}
-    for index, part in parts:
-        for local_position, logical in enumerate(index):
-            value = part.select(spec.dim, local_position)
-            assert logical not in slices or torch.equal(slices[logical], value), f"{name}[{logical}]: replicas differ"
-            slices[logical] = value
-    return torch.stack([slices[i] for i in range(spec.size)], dim=spec.dim)
+    shape = list(parts[0][1].shape)
+    for spec in specs:
+        shape[spec.dim] = spec.size
+    full = torch.full(shape, torch.nan, dtype=torch.float64).to(parts[0][1].dtype)
+    seen = torch.zeros(shape, dtype=torch.bool)
+    for indices, part in parts:
+        place: list[Any] = [torch.arange(length) for length in part.shape]
+        for spec, index in zip(specs, indices, strict=True):
+            place[spec.dim] = torch.tensor(index)
+        grid = torch.meshgrid(*place, indexing="ij") if place else ()
+        before = full[grid][seen[grid]]
+        assert torch.equal(before, part[seen[grid]]), f"{name}: replicas differ"
+        full[grid], seen[grid] = part, True
+    assert seen.all(), f"{name}: some positions are on no rank"
+    return full
 
 
-def trainer(world_size: int, expert: int, **settings: Any) -> pl.Trainer:
-    """A quiet CPU trainer; a plain single-device one when ``expert`` is 0."""
+def trainer(world_size: int, expert: int, parallel: ParallelConfig | None = None, **settings: Any) -> pl.Trainer:
+    """A quiet CPU trainer; a plain single-device one when ``expert`` is 0. ``parallel`` takes the place of it."""
     strategy = settings.pop("strategy", None) or (
-        "auto" if expert == 0 else MoEStrategy(ParallelConfig(expert=expert), bucket_megabytes=0.002)
+        "auto"
+        if expert == 0 and parallel is None
+        else MoEStrategy(parallel or ParallelConfig(expert=expert), bucket_megabytes=0.002)
     )
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -215,10 +222,10 @@ def train(
         **settings,
     )
     lightning_module = module(**(model or {}))
-    rank = run.global_rank
+    shard = run.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
     # With accumulation each epoch ends in a short window, of one batch.
     batches = accumulate * 4 + (accumulate > 1)
-    run.fit(lightning_module, loader(global_batch * batches, global_batch, world_size, rank, dtype))
+    run.fit(lightning_module, loader(global_batch * batches, global_batch, shard["num_replicas"], shard["rank"], dtype))
     return recorder.run(run, lightning_module)
 
 

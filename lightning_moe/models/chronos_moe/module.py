@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_moe.config import ChronosMoEConfig, OptimizerConfig
+from lightning_moe.config.mapping import as_config
 from lightning_moe.errors import ConfigError
+from lightning_moe.metrics import ExpertLoad
 from lightning_moe.models.chronos_moe.forecast import ForecastMixin
 from lightning_moe.models.chronos_moe.loss import quantile_loss_sum
 from lightning_moe.models.chronos_moe.model import ChronosMoEModel, ChronosMoEOutput
-from lightning_moe.models.chronos_moe.optimizer import cosine_schedule, parameter_groups
-from lightning_moe.models.chronos_moe.pretrained import (
-    config_from_dict,
-    load_config,
-    load_weights,
-    optimizer_from_dict,
-    save_model,
-)
-from lightning_moe.models.chronos_moe.scores import ExpertLoad, ForecastScores
+from lightning_moe.models.chronos_moe.pretrained import load_config, load_weights, save_model
+from lightning_moe.models.chronos_moe.scores import ForecastScores
+from lightning_moe.models.optimizer import adamw
+from lightning_moe.models.ranks import mean_over_data_ranks, mesh_of
+from lightning_moe.models.routing import auxiliary_loss, load_imbalance, tokens_per_expert
+from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 
 Batch = dict[str, Tensor]
@@ -63,22 +59,34 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
 
     def __init__(self, config: ChronosMoEConfig | None = None, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
-        config = config_from_dict(config) if isinstance(config, Mapping) else config or ChronosMoEConfig()
-        optimizer = optimizer_from_dict(optimizer) if isinstance(optimizer, Mapping) else optimizer or OptimizerConfig()
-        self.config = config
-        self.optimizer_config = optimizer
+        self.config = as_config(ChronosMoEConfig, config, "config")
+        self.optimizer_config = as_config(OptimizerConfig, optimizer, "optimizer")
         # Plain dicts: a checkpoint that holds our classes could not be read with weights_only=True.
-        self.save_hyperparameters({"config": asdict(config), "optimizer": asdict(optimizer)})
+        self.save_hyperparameters({"config": asdict(self.config), "optimizer": asdict(self.optimizer_config)})
         self.model: ChronosMoEModel | None = None
         self.scores: ForecastScores | None = None
-        self.expert_load = None if config.moe is None else ExpertLoad(config.num_layers, config.moe.num_experts)
+        moe = self.config.moe
+        self.expert_load = None if moe is None else ExpertLoad(self.config.num_layers, moe.num_experts)
 
     # ---- building
 
     def configure_model(self) -> None:
-        """Build the network once: this rank's experts under a strategy with a mesh, all of them otherwise."""
+        """Build the network once: this rank's experts under a strategy with a mesh, all of them otherwise.
+
+        Raises:
+            ConfigError: The mesh splits sequences or dense layers, which this model does not.
+        """
         if self.model is None:
-            self.model = ChronosMoEModel(self.config, self._mesh() or ParallelMesh.single())
+            mesh = mesh_of(self) or ParallelMesh.single()
+            for axis in (Axis.CONTEXT, Axis.TENSOR):
+                if mesh.size(axis) > 1:
+                    raise ConfigError(
+                        f"parallel.{axis}",
+                        mesh.size(axis),
+                        "1 with ChronosMoE",
+                        "its dense layers are not split; spread its experts (expert, expert_tensor) and the data",
+                    )
+            self.model = ChronosMoEModel(self.config, mesh)
 
     def network(self) -> ChronosMoEModel:
         """The network, built on first use."""
@@ -91,15 +99,6 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         output: ChronosMoEOutput = self.network()(context)
         return output
 
-    def _mesh(self) -> ParallelMesh | None:
-        """The strategy's mesh, while there is one."""
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        try:
-            mesh = getattr(strategy, "mesh", None)
-        except RuntimeError:  # the strategy has one, but not in this process (the main process of spawn)
-            return None
-        return mesh if isinstance(mesh, ParallelMesh) else None
-
     # ---- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -107,13 +106,12 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         output = self.network()(batch["context"])
         loss_sum, valid = self._loss(output, batch["target"])
         # A batch without any valid point has a sum of zero; the bound only keeps 0 / 0 away.
-        loss = loss_sum / self._mean_over_data_ranks(valid).clamp(min=1e-9).to(loss_sum.dtype)
+        loss = loss_sum / mean_over_data_ranks(self, valid).clamp(min=1e-9).to(loss_sum.dtype)
         logs = {"train_loss": loss.detach()}
         if output.routing:
-            auxiliary = torch.stack([routed.auxiliary_loss + routed.z_loss for routed in output.routing]).sum()
-            tokens = torch.stack([routed.tokens_per_expert for routed in output.routing]).float()
+            auxiliary = auxiliary_loss(output.routing)
             logs["auxiliary_loss"] = auxiliary.detach()
-            logs["expert_load_imbalance"] = (tokens.amax(-1) / tokens.mean(-1).clamp(min=1e-9)).mean()
+            logs["expert_load_imbalance"] = load_imbalance(output.routing)
             loss = loss + auxiliary
         self.log("train_loss", logs.pop("train_loss"), prog_bar=True)
         self.log_dict(logs)  # tensors: Lightning reads them when the logger or progress bar does, not every step
@@ -136,38 +134,14 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         loss_sum = quantile_loss_sum(quantiles, normalized, observed, levels, config.loss, config.huber_delta)
         return loss_sum, observed.sum() * len(config.quantiles)
 
-    def _mean_over_data_ranks(self, count: Tensor) -> Tensor:
-        """Mean of ``count`` over the ranks that see different samples.
-
-        Gradients are averaged over these ranks. Dividing each local sum by the *mean* count makes that
-        average the gradient of the global sum over the global count, however unevenly missing values are
-        spread over ranks.
-        """
-        mesh = self._mesh()
-        count = count.to(torch.float64 if count.device.type != "mps" else torch.float32)
-        if mesh is not None:
-            group = mesh.group("data_context")
-            if group is not None and mesh.size("data_context") > 1:
-                dist.all_reduce(count, group=group)
-                count /= mesh.size("data_context")
-            return count
-        if self._trainer is not None and self._trainer.world_size > 1:
-            mean: Tensor = self._trainer.strategy.reduce(count, reduce_op="mean")
-            return mean
-        return count
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with linear warm-up and cosine decay over the whole run, moved at every step."""
-        settings = self.optimizer_config
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.network(), settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.betas,
+        return adamw(
+            self.network(),
+            self.optimizer_config,
+            self.trainer.estimated_stepping_batches,
+            scales_loss=self.trainer.precision == "16-mixed",
         )
-        steps = self.trainer.estimated_stepping_batches
-        total = None if math.isinf(steps) else int(steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(settings, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- evaluation
 
@@ -220,7 +194,7 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
             index = torch.zeros_like(index)
         self.scores.update(quantiles, target, batch["seasonal_error"], index)
         if self.expert_load is not None:
-            self.expert_load.update(torch.stack([routed.tokens_per_expert for routed in output.routing]))
+            self.expert_load.update(tokens_per_expert(output.routing))
 
     def _log_scores(self, stage: str) -> None:
         assert self.scores is not None
@@ -241,7 +215,7 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         Args:
             directory: Created if missing.
         """
-        save_model(self.network(), directory, self._mesh())
+        save_model(self.network(), directory, mesh_of(self))
 
     @classmethod
     def from_pretrained(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lightning_moe.config import ChronosMoEConfig, MoEConfig, OptimizerConfig
-from lightning_moe.config.typecheck import closest
+from lightning_moe.config import ChronosMoEConfig
+from lightning_moe.config.mapping import from_mapping
 from lightning_moe.errors import ConfigError
 from lightning_moe.models.chronos_moe.model import ChronosMoEModel
 from lightning_moe.parallel.mesh import ParallelMesh
@@ -24,8 +24,6 @@ WEIGHTS_NAME = "model.safetensors"
 MODEL_TYPE = "chronos_moe"
 """Value of ``"model_type"`` in ``config.json``."""
 
-ConfigT = TypeVar("ConfigT", ChronosMoEConfig, MoEConfig, OptimizerConfig)
-
 
 def config_from_dict(values: Mapping[str, Any]) -> ChronosMoEConfig:
     """Rebuild a configuration from what :func:`dataclasses.asdict` made of it, also after JSON.
@@ -33,19 +31,7 @@ def config_from_dict(values: Mapping[str, Any]) -> ChronosMoEConfig:
     Raises:
         ConfigError: An unknown field, or a value that is not allowed.
     """
-    known = dict(values)
-    if isinstance(known.get("moe"), Mapping):
-        known["moe"] = _from_fields(MoEConfig, known["moe"], "config.moe")
-    return _from_fields(ChronosMoEConfig, known, "config")
-
-
-def optimizer_from_dict(values: Mapping[str, Any]) -> OptimizerConfig:
-    """Rebuild optimizer settings from what :func:`dataclasses.asdict` made of them.
-
-    Raises:
-        ConfigError: An unknown field, or a value that is not allowed.
-    """
-    return _from_fields(OptimizerConfig, values, "optimizer")
+    return from_mapping(ChronosMoEConfig, values, "config")
 
 
 def save_model(model: ChronosMoEModel, directory: str | Path, mesh: ParallelMesh | None = None) -> None:
@@ -102,11 +88,3 @@ def load_weights(model: ChronosMoEModel, directory: str | Path) -> None:
             "directory", str(directory), f"a directory with a readable {WEIGHTS_NAME}", str(error)
         ) from error
     load_full_state_dict(model, state)
-
-
-def _from_fields(cls: type[ConfigT], values: Mapping[str, Any], name: str) -> ConfigT:
-    known = [field.name for field in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{name}.{key}", values[key], "a field of " + cls.__name__, closest(key, known))
-    return cls(**values)

@@ -1,4 +1,4 @@
-"""Forecast scores per data set and expert load, accumulated over an evaluation and reduced over ranks."""
+"""Forecast scores per data set, accumulated over an evaluation and reduced over ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_moe.metrics import MASE, SMAPE, IntervalCoverage, WeightedQuantileLoss
+from lightning_moe.metrics import MASE, SMAPE, IntervalCoverage, MeanLoss, WeightedQuantileLoss
 from lightning_moe.metrics.base import QuantileForecastMetric
 
 
@@ -77,56 +77,6 @@ class ForecastScores(nn.Module):
         table = self.metrics[index]
         assert isinstance(table, nn.ModuleDict)
         return {name: metric for name, metric in table.items() if isinstance(metric, QuantileForecastMetric)}
-
-
-class MeanLoss(Metric):
-    """Mean of a loss over all of its terms, whatever their number per batch and rank."""
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, total: Tensor, count: Tensor) -> None:
-        """Add the sum of a batch's terms, scalar, and their number, int64 scalar."""
-        self.total += total
-        self.count += count
-
-    def compute(self) -> Tensor:
-        """Return the mean, float64 scalar; NaN without any term."""
-        return self.total / self.count
-
-
-class ExpertLoad(Metric):
-    """Tokens that each expert of each layer received, summed over batches and ranks.
-
-    Args:
-        num_layers: Number of MoE layers ``L``.
-        num_experts: Number of routed experts ``E`` per layer.
-    """
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    tokens: Tensor
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        super().__init__()
-        self.add_state("tokens", torch.zeros(num_layers, num_experts, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, tokens_per_expert: Tensor) -> None:
-        """Add the counts ``[L, E]`` of one batch."""
-        self.tokens += tokens_per_expert
-
-    def compute(self) -> Tensor:
-        """Return the counts, int64 ``[L, E]``, in logical order of the experts."""
-        return self.tokens
 
 
 def _metrics(levels: Sequence[float]) -> dict[str, nn.Module]:

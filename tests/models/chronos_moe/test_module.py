@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_moe.config import MoEConfig, OptimizerConfig, ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.models.chronos_moe import ChronosMoE
+from lightning_moe.models.ranks import mean_over_data_ranks
 from lightning_moe.parallel.mesh import ParallelMesh
 from tests.distributed import RankPool
 from tests.models.chronos_moe.configs import batch_of, small_config
@@ -186,7 +187,7 @@ def test_a_batch_without_targets_gives_zero_loss_and_finite_gradients() -> None:
     module, batch = _module(moe=None), batch_of(4)
     batch["target"].fill_(torch.nan)
     loss_sum, valid = module._loss(module(batch["context"]), batch["target"])
-    loss = loss_sum / module._mean_over_data_ranks(valid).clamp(min=1e-9)
+    loss = loss_sum / mean_over_data_ranks(module, valid).clamp(min=1e-9)
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and p.grad.eq(0).all() for p in module.network().parameters())
@@ -219,7 +220,7 @@ def _mean_loss_over_ranks() -> float:
     rows = slice(4 * mesh.rank("data"), 4 * mesh.rank("data") + 4)
     batch = {key: value[rows] for key, value in _uneven_batch().items()}
     loss_sum, valid = module._loss(module(batch["context"]), batch["target"])
-    loss = loss_sum.detach() / module._mean_over_data_ranks(valid)
+    loss = loss_sum.detach() / mean_over_data_ranks(module, valid)
     dist.all_reduce(loss)
     return loss.item() / mesh.world_size
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_moe.config import MoEConfig, OptimizerConfig, ParallelConfig
+from lightning_moe.errors import ConfigError
 from lightning_moe.models.chronos_moe import ChronosMoE
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.state import gather_full_state_dict
 from lightning_moe.strategy import MoEStrategy
-from tests.distributed import RankPool
+from tests.distributed import RankFailure, RankPool
 from tests.models.chronos_moe.configs import batch_of, small_config
 
 STEPS = 4
@@ -94,3 +95,20 @@ def test_training_and_scores_equal_a_single_process(tmp_path: Path, ranks: RankP
     for _, rank_scores, rank_load in results:
         assert rank_scores == pytest.approx(scores, rel=1e-6)
         assert (load is None and rank_load is None) or torch.equal(rank_load, load)
+
+
+def _fit_on(parallel: ParallelConfig) -> None:
+    trainer = pl.Trainer(
+        strategy=MoEStrategy(parallel), accelerator="cpu", devices=2, max_steps=1, logger=False, barebones=True
+    )
+    trainer.fit(ChronosMoE(small_config()), datamodule=_Data())
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_refuses_axes_that_would_split_its_layers(ranks: RankPool, axis: str) -> None:
+    with pytest.raises(RankFailure) as raised:
+        ranks.run(2, _fit_on, ParallelConfig(**{axis: 2}), init_process_group=False)
+    for error in raised.value.errors.values():
+        assert isinstance(error, ConfigError)
+        assert error.field == f"parallel.{axis}"
+        assert "not split" in error.hint

@@ -9,7 +9,7 @@ import torch
 
 from lightning_moe.config import OptimizerConfig
 from lightning_moe.models.chronos_moe import ChronosMoEModel
-from lightning_moe.models.chronos_moe.optimizer import cosine_schedule, parameter_groups
+from lightning_moe.models.optimizer import cosine_schedule, parameter_groups
 from tests.models.chronos_moe.configs import small_config
 
 

@@ -1,0 +1,1 @@
+"""Measurements: ``torchrun --nproc_per_node=N -m lightning_moe.bench.gpt``; nothing here is imported by the package."""

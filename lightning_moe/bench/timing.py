@@ -1,0 +1,104 @@
+"""Times of training steps, and which kernels they were spent on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+
+# The first match counts; names are those of CUDA kernels as of torch 2.11 to 2.13.
+_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("communication", ("nccl",)),
+    ("attention", ("flash", "fmha", "attention")),
+    ("optimizer", ("multi_tensor_apply", "fused_adam", "adam")),
+    ("grouped_gemm", ("grouped", "groupproblemshape", "ptrarray")),
+    ("gemm", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
+    ("sort_and_index", ("sort", "index", "gather", "scatter", "topk", "scan", "cumsum")),
+    ("copy", ("memcpy", "memset", "copy", "cat", "fill")),
+)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of repeated measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> Times:
+        """Summarise measurements, at least one."""
+        values = list(seconds)
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+
+class StepClock:
+    """Marks the ends of steps without making the host wait for the device.
+
+    Args:
+        device: Where the work runs; CUDA events on a GPU, the host's clock elsewhere.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """End one step and begin the next."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def times(self) -> Times:
+        """The steps between the marks so far; waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            pairs = zip(self._marks, self._marks[1:], strict=False)
+            return Times.of(first.elapsed_time(second) / 1e3 for first, second in pairs)
+        return Times.of(second - first for first, second in zip(self._marks, self._marks[1:], strict=False))
+
+
+def kind_of_kernel(name: str) -> str:
+    """What a CUDA kernel is for, by its name; ``elementwise`` when nothing else fits."""
+    lowered = name.lower()
+    return next((kind for kind, words in _KINDS if any(word in lowered for word in words)), "elementwise")
+
+
+def kernel_seconds(profile: torch.profiler.profile, steps: int) -> dict[str, float]:
+    """Seconds per step that the device spent on each kind of kernel, with those that ran at once each counted in full.
+
+    Args:
+        profile: A finished profile with CUDA activity.
+        steps: Number of steps in it.
+
+    Returns:
+        Kinds in descending order of time.
+    """
+    total: dict[str, float] = defaultdict(float)
+    for event in profile.events() or ():
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            total[kind_of_kernel(event.name)] += event.device_time_total / 1e6 / steps
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def slowest_kernels(profile: torch.profiler.profile, steps: int, count: int) -> dict[str, tuple[float, int]]:
+    """The kernels that took most time, by name: seconds and launches per step."""
+    seconds: dict[str, float] = defaultdict(float)
+    launches: dict[str, int] = defaultdict(int)
+    for event in profile.events() or ():
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            seconds[event.name] += event.device_time_total / 1e6 / steps
+            launches[event.name] += 1
+    slowest = sorted(seconds, key=lambda name: -seconds[name])[:count]
+    return {name: (seconds[name], launches[name] // steps) for name in slowest}
