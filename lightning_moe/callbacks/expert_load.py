@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_moe.moe.layer import MoELayer
+from lightning_moe.moe.routing_tape import RoutingTape
 from lightning_moe.parallel.mesh import ParallelMesh
 
 
@@ -40,7 +41,7 @@ class ExpertLoad(Callback):
             torch.zeros(layer.config.num_experts, dtype=torch.int64, device=pl_module.device) for layer in layers
         ]
         self._handles = [
-            layer.register_forward_hook(partial(self._count, counts))
+            layer.register_forward_hook(partial(self._count, counts), with_kwargs=True)
             for layer, counts in zip(layers, self._counts, strict=True)
         ]
         self._reported_step = trainer.global_step
@@ -69,8 +70,10 @@ class ExpertLoad(Callback):
         self._detach()
 
     @staticmethod
-    def _count(counts: Tensor, layer: nn.Module, args: Any, output: Any) -> None:
-        if layer.training:
+    def _count(counts: Tensor, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        tape: RoutingTape | None = kwargs.get("saved")
+        recomputed = tape is not None and tape.replaying  # activation checkpointing calls the layer once more
+        if layer.training and not recomputed:
             counts.add_(output[1].tokens_per_expert)
 
     def _detach(self) -> None:
@@ -88,7 +91,7 @@ def _sum_over_data_ranks(trainer: pl.Trainer, counts: Tensor) -> Tensor:
     """Sum over the ranks that saw different tokens; a collective call."""
     mesh = getattr(trainer.strategy, "mesh", None)
     if isinstance(mesh, ParallelMesh):
-        group = mesh.group("data_context")
+        group = mesh.active_group("data_context_tensor")  # a layer counts its own slice of the tokens
         if group is not None:
             dist.all_reduce(counts, group=group)
         return counts

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_moe.config.gpt_rules import num_kv_heads_of, sequence_parts
 from lightning_moe.config.ranges import Rule
 from lightning_moe.config.recipe_facts import MODEL, STRATEGY, model_config, parallel_config
-from lightning_moe.config.text import BYTE_VOCABULARY
+from lightning_moe.config.text import BPE_VOCABULARY, BYTE_VOCABULARY
 from lightning_moe.errors import ConfigError
 
 
@@ -81,7 +81,8 @@ def tokens_are_in_the_vocabulary(recipe: Any) -> ConfigError | None:
     if recipe.data is None:
         return None
     settings, known = recipe.data.init_args, model_config(recipe).vocab_size
-    needed = BYTE_VOCABULARY if settings.tokenizer == "bytes" else settings.vocab_size
+    trained = (settings.vocab_size or BPE_VOCABULARY) if settings.tokenizer == "bpe" else None
+    needed = BYTE_VOCABULARY if settings.tokenizer == "bytes" else trained
     if needed is None or needed <= known:
         return None
     return ConfigError(

@@ -98,8 +98,9 @@ def loss_peak_bytes(
     ``C V a`` for the logits of a chunk, ``C V i`` for their gradient if it is another tensor, and in training ``T D i``
     and ``V D a`` for the gradients of hidden states and weight, where ``i`` is the itemsize and ``a`` that of float32
     or more. The backward pass, which holds no logits, needs ``T D i`` more than the two gradients; this formula takes
-    the larger, for a weight whose gradients go to a sink. Vectors with one entry per token are left out. On the
-    CPU 16-bit logits exist in both dtypes, in evaluation too.
+    the larger, for a weight whose gradients go to a sink. Vectors with one entry per token are left out, and
+    so are the hidden states gathered under sequence parallelism (``T D i``). On the CPU 16-bit logits exist in both
+    dtypes, in evaluation too.
 
     Args:
         tokens: ``T``.

@@ -1,1 +1,1 @@
-"""LightningModules: Chronos-MoE, and the baseline it is compared with."""
+"""LightningModules: Chronos-MoE, GPT-MoE, and the baseline that forecasts are compared with."""

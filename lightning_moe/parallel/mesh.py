@@ -34,6 +34,8 @@ class ParallelMesh:
         self.config = config
         self.global_rank = global_rank
         self._groups = dict(groups or {})
+        # Looked up, not computed, at every call: torch.compile cannot trace the computation.
+        self._sizes = {axis: axis_size(config, axis) for axis in Axis}
         self._ranks = {axis: next(ranks for ranks in rank_lists(config, axis) if global_rank in ranks) for axis in Axis}
 
     @classmethod
@@ -73,7 +75,7 @@ class ParallelMesh:
 
     def size(self, axis: str) -> int:
         """Number of ranks in this rank's group along ``axis``."""
-        return axis_size(self.config, axis_named(axis))
+        return self._sizes[axis_named(axis)]
 
     def rank(self, axis: str) -> int:
         """This rank's position in its group along ``axis``, from 0."""

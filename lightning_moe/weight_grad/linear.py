@@ -74,22 +74,24 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
-        ctx.sink, ctx.weight_dtype = sink_of(weight), weight.dtype
-        cast = weight.to(input.dtype)
-        ctx.save_for_backward(input, cast)
-        return F.linear(input, cast)
+        ctx.sink = sink_of(weight)
+        # The weight itself and not its cast, which would be a second copy, and without a path to second derivatives.
+        ctx.save_for_backward(input, weight)
+        return F.linear(input, weight.to(input.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ weight
+            grad_input = grad_output @ weight.to(input.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = deliver(matmul_grad(grad_output, input), ctx.sink, ctx.weight_dtype)
+            grad_weight = deliver(matmul_grad(grad_output, input), ctx.sink, weight.dtype)
         return grad_input, grad_weight
 
 
 def matmul_grad(grad_output: Tensor, input: Tensor) -> MatmulGrad:
     """The weight gradient of one use, from operands with any number of leading dims."""
+    if not torch.is_grad_enabled():
+        input = input.detach()  # what a sink keeps must not keep the graph behind the input
     return MatmulGrad(grad_output.reshape(-1, grad_output.shape[-1]), input.reshape(-1, input.shape[-1]))

@@ -5,7 +5,10 @@ T tokens, D width, P tensor ranks, C context ranks.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.layers import TokenLayout
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import ShardSpecs, local_part, shard_specs
+from tests.distributed import RankPool
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
 """Largest error relative to the largest entry."""
@@ -42,6 +46,20 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def build_mesh(**sizes: int) -> ParallelMesh:
     """A mesh over all ranks; without ``torch.distributed`` a single one."""
     return ParallelMesh.build(ParallelConfig(**sizes)) if torch.distributed.is_initialized() else ParallelMesh.single()
+
+
+def run_cases(
+    ranks: RankPool, sizes: dict[str, int], function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
+    """Each case with every rank's ``function(mesh, *case)``; one job and one mesh for all of them."""
+    results = ranks.run(math.prod(sizes.values()), _each_case, sizes, function, cases)
+    for i, case in enumerate(cases):
+        yield case, [result[i] for result in results]
+
+
+def _each_case(sizes: dict[str, int], function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    mesh = build_mesh(**sizes)
+    return [function(mesh, *case) for case in cases]
 
 
 def own_rows(whole: Tensor, mesh: ParallelMesh, layout: TokenLayout) -> Tensor:

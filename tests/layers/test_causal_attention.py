@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from tests.layers.parallel import (
     own_sequence,
     random,
     result_of,
+    run_cases,
 )
 
 BATCH, LENGTH, WIDTH, HEADS, KV_HEADS, HEAD = 2, 8, 12, 8, 2, 4
@@ -114,10 +116,10 @@ def reference(module: CausalSelfAttention, hidden: Tensor, kind: dict[str, Any],
 
 
 def run_attention(
-    tensor: int, context: int, sequence_parallel: bool, kind: dict[str, Any], dtype: torch.dtype, kv_heads: int
+    mesh: ParallelMesh, sequence_parallel: bool, kind: dict[str, Any], dtype: torch.dtype, kv_heads: int
 ) -> Grads:
-    mesh = build_mesh(tensor=tensor, context=context)
     module = attention(mesh, kind, num_kv_heads=kv_heads).to(dtype)
+    tensor, context = mesh.size("tensor"), mesh.size("context")
     assert len(partial_grads(module)) == (2 if kind.get("qk_norm") == "head" and tensor > 1 else 0)
     layout = TokenLayout(BATCH, LENGTH // context, sequence_parallel, context_parallel=context > 1)
 
@@ -153,17 +155,16 @@ def whole_hidden(results: list[Tensor], tensor: int, sequence_parallel: bool) ->
     return torch.cat([chunk.unflatten(0, (BATCH, -1)) for chunk in chunks], dim=1).flatten(0, 1)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize(
     ("tensor", "context", "sequence_parallel", "kv_heads"),
     [(1, 1, False, 2), (2, 1, False, 2), (2, 1, True, 4), (1, 2, False, 1), (1, 4, False, 2), (2, 2, True, 2)],
 )
 def test_equals_loops_over_heads(
-    ranks: RankPool, tensor: int, context: int, sequence_parallel: bool, kv_heads: int, kind: dict[str, Any]
+    ranks: RankPool, tensor: int, context: int, sequence_parallel: bool, kv_heads: int
 ) -> None:
-    for dtype, tolerance in TOLERANCES.items():
-        results = ranks.run(tensor * context, run_attention, tensor, context, sequence_parallel, kind, dtype, kv_heads)
-        check_attention(results, tensor, sequence_parallel, kind, dtype, kv_heads, tolerance)
+    cases = [(sequence_parallel, kind, dtype, kv_heads) for kind, dtype in product(KINDS.values(), TOLERANCES)]
+    for case, results in run_cases(ranks, {"tensor": tensor, "context": context}, run_attention, cases):
+        check_attention(results, tensor, *case, tolerance=TOLERANCES[case[2]])
 
 
 def check_attention(
@@ -190,9 +191,8 @@ def check_attention(
     assert_shards(sum_over(results, tensor), expected, tolerance)
 
 
-def generate(tensor: int, kind: dict[str, Any], pieces: list[int]) -> Tensor:
+def generate(mesh: ParallelMesh, kind: dict[str, Any], pieces: list[int]) -> Tensor:
     """Attention over pieces of the sequence, one after the other, with a cache; without splitting the sequence."""
-    mesh = build_mesh(tensor=tensor, context=torch.distributed.get_world_size() // tensor)
     module = attention(mesh, kind).double()
     cache = KVCache(BATCH, LENGTH, module.num_kv_heads, HEAD, dtype=torch.float64, device=torch.device("cpu"))
     hidden, outputs = random(BATCH, LENGTH, WIDTH), []
@@ -207,17 +207,16 @@ def generate(tensor: int, kind: dict[str, Any], pieces: list[int]) -> Tensor:
     return torch.cat(outputs, dim=1).flatten(0, 1).detach()
 
 
-@pytest.mark.parametrize("pieces", [[LENGTH], [1] * LENGTH, [3, 1, 4]])
-@pytest.mark.parametrize("kind", [{"qk_norm": "head"}, {"qk_norm": "projection", "sliding_window": 3}])
-@pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 2), (2, 1)])
-def test_cache_equals_the_whole_sequence(
-    ranks: RankPool, world_size: int, tensor: int, kind: dict[str, Any], pieces: list[int]
-) -> None:
-    module = attention(ParallelMesh.single(), kind).double()
-    positions = torch.arange(LENGTH).expand(BATCH, -1)
-    expected = reference(module, random(BATCH, LENGTH, WIDTH), kind, positions)
-    for output in ranks.run(world_size, generate, tensor, kind, pieces):
-        assert_close(output, expected.detach(), 1e-12)
+@pytest.mark.parametrize("sizes", [{"tensor": 1}, {"tensor": 2}, {"context": 2}])
+def test_cache_equals_the_whole_sequence(ranks: RankPool, sizes: dict[str, int]) -> None:
+    kinds: list[dict[str, Any]] = [{"qk_norm": "head"}, {"qk_norm": "projection", "sliding_window": 3}]
+    cases = list(product(kinds, ([LENGTH], [1] * LENGTH, [3, 1, 4])))
+    for (kind, _), results in run_cases(ranks, sizes, generate, cases):
+        module = attention(ParallelMesh.single(), kind).double()
+        positions = torch.arange(LENGTH).expand(BATCH, -1)
+        expected = reference(module, random(BATCH, LENGTH, WIDTH), kind, positions)
+        for output in results:
+            assert_close(output, expected, 1e-12)
 
 
 def test_a_forgotten_mask_is_noticed() -> None:

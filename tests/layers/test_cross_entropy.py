@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tests.layers.parallel import (
     own_rows,
     random,
     result_of,
+    run_cases,
 )
 from tests.layers.test_linear import Collector
 
@@ -40,8 +42,7 @@ def projection(mesh: ParallelMesh, dtype: torch.dtype) -> VocabParallelEmbedding
     return VocabParallelEmbedding(VOCAB, WIDTH, mesh, init_std=1.0).to(dtype)
 
 
-def run_loss(layout: TokenLayout, chunk: int | None, dtype: torch.dtype) -> tuple[Grads, Tensor]:
-    mesh = build_mesh(tensor=torch.distributed.get_world_size())
+def run_loss(mesh: ParallelMesh, layout: TokenLayout, chunk: int | None, dtype: torch.dtype) -> tuple[Grads, Tensor]:
     head = projection(mesh, dtype)
     leaf = own_rows(random(TOKENS, WIDTH, dtype=dtype), mesh, layout).clone().requires_grad_()
     settings: dict[str, Any] = {"mesh": mesh, "vocab_size": VOCAB, "layout": layout, "chunk_tokens": chunk}
@@ -62,14 +63,11 @@ def reference_loss(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("chunk", [None, 3, 100])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["copies", "slices"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_equals_whole_logits(
-    ranks: RankPool, world_size: int, layout: TokenLayout, chunk: int | None, dtype: torch.dtype
-) -> None:
-    check_loss(ranks.run(world_size, run_loss, layout, chunk, dtype), layout, dtype, TOLERANCES[dtype])
+def test_equals_whole_logits(ranks: RankPool, world_size: int) -> None:
+    cases = list(product(LAYOUTS, (None, 3, 100), TOLERANCES))
+    for (layout, _, dtype), results in run_cases(ranks, {"tensor": world_size}, run_loss, cases):
+        check_loss(results, layout, dtype, TOLERANCES[dtype])
 
 
 def check_loss(results: list[tuple[Grads, Tensor]], layout: TokenLayout, dtype: torch.dtype, tolerance: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from tests.layers.parallel import (
     own_rows,
     random,
     result_of,
+    run_cases,
 )
 
 VOCAB, WIDTH = 11, 6  # no number of ranks divides 11
@@ -35,8 +38,7 @@ def embedding(mesh: ParallelMesh) -> VocabParallelEmbedding:
     return VocabParallelEmbedding(VOCAB, WIDTH, mesh, init_std=0.5)
 
 
-def run_embedding(layout: TokenLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
-    mesh = build_mesh(tensor=torch.distributed.get_world_size())
+def run_embedding(mesh: ParallelMesh, layout: TokenLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
     layer = embedding(mesh).to(dtype)
     output = layer(here(TOKENS), layout)
     (own_rows(random(8, WIDTH, seed=1, dtype=dtype), mesh, layout) * output.sin()).sum().backward()
@@ -46,11 +48,11 @@ def run_embedding(layout: TokenLayout, dtype: torch.dtype) -> tuple[Tensor, Tens
     return output.detach().cpu(), layer.weight.grad.cpu(), list(layer.vocabulary.tokens)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["copies", "slices"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_equals_the_whole_table(ranks: RankPool, world_size: int, layout: TokenLayout, dtype: torch.dtype) -> None:
-    check_embedding(ranks.run(world_size, run_embedding, layout, dtype), layout, dtype, TOLERANCES[dtype])
+def test_equals_the_whole_table(ranks: RankPool, world_size: int) -> None:
+    cases = list(product(LAYOUTS, TOLERANCES))
+    for (layout, dtype), results in run_cases(ranks, {"tensor": world_size}, run_embedding, cases):
+        check_embedding(results, layout, dtype, TOLERANCES[dtype])
 
 
 def check_embedding(
@@ -99,8 +101,7 @@ def test_refuses_more_ranks_than_tokens() -> None:
         VocabParallelEmbedding(0, WIDTH, mesh, init_std=1.0)
 
 
-def run_logits(layout: TokenLayout, vocab_size: int) -> Grads:
-    mesh = build_mesh(tensor=2)
+def run_logits(mesh: ParallelMesh, layout: TokenLayout, vocab_size: int) -> Grads:
     torch.manual_seed(0)
     head = VocabParallelEmbedding(vocab_size, WIDTH, mesh, init_std=0.5).double()
     leaf = own_rows(random(8, WIDTH), mesh, layout).clone().requires_grad_()
@@ -109,10 +110,13 @@ def run_logits(layout: TokenLayout, vocab_size: int) -> Grads:
     return result_of(head, output, leaf)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["copies", "slices"])
-@pytest.mark.parametrize("vocab_size", [VOCAB, 12])
-def test_whole_logits(ranks: RankPool, vocab_size: int, layout: TokenLayout) -> None:
-    results = ranks.run(2, run_logits, layout, vocab_size)
+def test_whole_logits(ranks: RankPool) -> None:
+    cases = list(product(LAYOUTS, (VOCAB, 12)))
+    for (layout, vocab_size), results in run_cases(ranks, {"tensor": 2}, run_logits, cases):
+        check_logits(results, layout, vocab_size)
+
+
+def check_logits(results: list[Grads], layout: TokenLayout, vocab_size: int) -> None:
     torch.manual_seed(0)
     head = VocabParallelEmbedding(vocab_size, WIDTH, ParallelMesh.single(), init_std=0.5).double()
     hidden = random(8, WIDTH).requires_grad_()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,11 +17,11 @@ from tests.layers.parallel import (
     Grads,
     assert_close,
     assert_shards,
-    build_mesh,
     gather,
     own_rows,
     random,
     result_of,
+    run_cases,
 )
 
 
@@ -83,8 +85,7 @@ def feed_forward(mesh: ParallelMesh) -> SwiGLU:
     return SwiGLU(WIDTH, INNER, mesh, init_std=0.7, output_init_std=0.5)
 
 
-def run_feed_forward(layout: TokenLayout, dtype: torch.dtype) -> Grads:
-    mesh = build_mesh(tensor=torch.distributed.get_world_size())
+def run_feed_forward(mesh: ParallelMesh, layout: TokenLayout, dtype: torch.dtype) -> Grads:
     layer = feed_forward(mesh).to(dtype)
     leaf = own_rows(random(TOKENS, WIDTH, dtype=dtype), mesh, layout).clone().requires_grad_()
     output = layer(leaf, layout)
@@ -92,13 +93,16 @@ def run_feed_forward(layout: TokenLayout, dtype: torch.dtype) -> Grads:
     return result_of(layer, output, leaf)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_swiglu_layer(ranks: RankPool, world_size: int, sequence_parallel: bool, dtype: torch.dtype) -> None:
+def test_swiglu_layer(ranks: RankPool, world_size: int) -> None:
     """On four ranks the inner width of 10 is split unevenly."""
-    layout = TokenLayout(2, 4, sequence_parallel)
-    results = ranks.run(world_size, run_feed_forward, layout, dtype)
+    layouts = (TokenLayout(2, 4), TokenLayout(2, 4, sequence_parallel=True))
+    cases = list(product(layouts, TOLERANCES))
+    for (layout, dtype), results in run_cases(ranks, {"tensor": world_size}, run_feed_forward, cases):
+        check_feed_forward(results, layout, dtype)
+
+
+def check_feed_forward(results: list[Grads], layout: TokenLayout, dtype: torch.dtype) -> None:
     layer = feed_forward(ParallelMesh.single()).to(dtype)
     gate, up = layer.gate_up_proj.weight[:INNER], layer.gate_up_proj.weight[INNER:]
     hidden = random(TOKENS, WIDTH, dtype=dtype).requires_grad_()

@@ -64,7 +64,7 @@ def test_nccl_equals_the_cpu(results: list[dict[Any, Any]], dtype: torch.dtype) 
         check_loss(of("loss", dtype, i), layout, reference, tolerance)
     for name, kind in KINDS.items():
         for case in ATTENTION:
-            tensor, _, sequence_parallel, kv_heads = case
+            tensor, sequence_parallel, kv_heads = case
             parts = of("attention", dtype, name, case)
             check_attention(parts, tensor, sequence_parallel, kind, reference, kv_heads, tolerance)
 

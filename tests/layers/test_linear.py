@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.layers.parallel import (
     own_rows,
     random,
     result_of,
+    run_cases,
 )
 
 TOKENS, WIDTH, INNER = 8, 6, 10
@@ -55,8 +57,7 @@ def whole_pair(column: Tensor, row: Tensor, hidden: Tensor) -> Tensor:
     return F.linear(first * second, row)
 
 
-def run_pair(layout: TokenLayout, dtype: torch.dtype) -> Grads:
-    mesh = build_mesh(tensor=torch.distributed.get_world_size())
+def run_pair(mesh: ParallelMesh, layout: TokenLayout, dtype: torch.dtype) -> Grads:
     pair = Pair(mesh).to(dtype)
     leaf = own_rows(random(TOKENS, WIDTH, dtype=dtype), mesh, layout).clone().requires_grad_()
     output = pair(leaf, layout)
@@ -76,11 +77,11 @@ def reference_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor
     return output.detach(), grads[0], dict(zip(weights, grads[1:], strict=True))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["copies", "slices"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_equals_whole_matrices(ranks: RankPool, world_size: int, layout: TokenLayout, dtype: torch.dtype) -> None:
-    check_pair(ranks.run(world_size, run_pair, layout, dtype), layout, dtype, TOLERANCES[dtype])
+def test_equals_whole_matrices(ranks: RankPool, world_size: int) -> None:
+    cases = list(product(LAYOUTS, TOLERANCES))
+    for (layout, dtype), results in run_cases(ranks, {"tensor": world_size}, run_pair, cases):
+        check_pair(results, layout, dtype, TOLERANCES[dtype])
 
 
 def check_pair(results: list[Grads], layout: TokenLayout, dtype: torch.dtype, tolerance: float) -> None:

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from lightning_moe.layers import ParallelRMSNorm, RMSNorm
+from lightning_moe.parallel.mesh import ParallelMesh
 from tests.distributed import RankPool
 from tests.layers.parallel import (
     TOLERANCES,
     Grads,
     assert_close,
     assert_shards,
-    build_mesh,
     random,
     result_of,
+    run_cases,
 )
 
 
@@ -52,9 +53,8 @@ def test_zero_vector_has_finite_gradient() -> None:
 SIZE, TOKENS = 7, 5
 
 
-def run_parallel_norm(dtype: torch.dtype) -> tuple[Grads, list[int]]:
+def run_parallel_norm(mesh: ParallelMesh, dtype: torch.dtype) -> tuple[Grads, list[int]]:
     """Every rank has every second (or fourth) feature."""
-    mesh = build_mesh(tensor=torch.distributed.get_world_size())
     index = list(range(SIZE))[mesh.rank("tensor") :: mesh.size("tensor")]
     norm = ParallelRMSNorm(SIZE, mesh, index, eps=1e-2).to(dtype)
     norm.weight.data = random(SIZE, seed=2, dtype=dtype)[index]
@@ -64,16 +64,21 @@ def run_parallel_norm(dtype: torch.dtype) -> tuple[Grads, list[int]]:
     return result_of(norm, output, leaf), index
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_parallel_norm_equals_the_whole_one(ranks: RankPool, world_size: int, dtype: torch.dtype) -> None:
+def test_parallel_norm_equals_the_whole_one(ranks: RankPool, world_size: int) -> None:
+    cases = [(dtype,) for dtype in TOLERANCES]
+    for (dtype,), results in run_cases(ranks, {"tensor": world_size}, run_parallel_norm, cases):
+        check_parallel_norm(results, dtype)
+
+
+def check_parallel_norm(results: list[tuple[Grads, list[int]]], dtype: torch.dtype) -> None:
     hidden = random(TOKENS, SIZE, dtype=dtype).requires_grad_()
     gain = random(SIZE, seed=2, dtype=dtype).requires_grad_()
     output = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-2).sqrt() * gain
     (random(TOKENS, SIZE, seed=1, dtype=dtype) * output.sin()).sum().backward()
     assert hidden.grad is not None
     assert gain.grad is not None
-    for result, index in ranks.run(world_size, run_parallel_norm, dtype):
+    for result, index in results:
         assert_close(result.output, output.detach()[:, index], TOLERANCES[dtype])
         assert_close(result.input, hidden.grad[:, index], TOLERANCES[dtype])
         assert_shards([result], {"weight": gain.grad}, TOLERANCES[dtype])

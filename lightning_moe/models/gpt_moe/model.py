@@ -25,6 +25,7 @@ from lightning_moe.layers import (
     rope_tables_at,
     whole_logits,
 )
+from lightning_moe.layers.cross_entropy import IGNORED_LABEL
 from lightning_moe.models.gpt_moe.block import BlockInputs, GPTMoEBlock, mark_norm
 from lightning_moe.models.gpt_moe.head import OutputProjection
 from lightning_moe.moe.layer import MoELayer, RoutingInfo
@@ -145,7 +146,7 @@ class GPTMoEModel(nn.Module):
             layout=layout,
             chunk_tokens=self.loss_chunk_tokens,
         )
-        return GPTMoEOutput(loss_sum, (labels != -100).sum(), routing)
+        return GPTMoEOutput(loss_sum, (labels != IGNORED_LABEL).sum(), routing)
 
     def logits(
         self,

@@ -138,8 +138,11 @@ PRESETS = {
 def test_presets_have_the_shapes_of_the_published_models(name: str) -> None:
     """Every parameter has the shape that transformers' class gives it; on the meta device, two of the equal layers."""
     preset, config = PRESETS[name]
-    assert preset == replace(our_config(config), ffn_hidden_size=preset.ffn_hidden_size, head_size=preset.head_size)
-    assert preset.head_width == our_config(config).head_width
+    theirs_as_ours = our_config(config)
+    # Widths of dense layers that no layer has, and sizes that are derived when left out, may be given differently.
+    derived = {name: getattr(preset, name) for name in ("ffn_hidden_size", "head_size", "num_kv_heads")}
+    assert preset == replace(theirs_as_ours, **derived)
+    assert (preset.head_width, preset.kv_heads) == (theirs_as_ours.head_width, theirs_as_ours.kv_heads)
     total = parameter_count(preset).total
     config.num_hidden_layers, preset = 2, replace(preset, num_layers=2)
     with torch.device("meta"), NoRandomFill():

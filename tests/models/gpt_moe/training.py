@@ -158,6 +158,12 @@ class LocalRecorder(pl.Callback):
         self.grads.append({n: _copy(p.grad) for n, p in module.named_parameters()})
 
 
+def local_run(recorder: LocalRecorder, module: pl.LightningModule) -> LocalRun:
+    """What a recorder saw on this rank, and what the module has become."""
+    weights = {name: parameter.detach().cpu() for name, parameter in module.named_parameters()}
+    return LocalRun(recorder.losses, recorder.grads, weights, shard_specs(module))
+
+
 def train(world_size: int, case: Case) -> LocalRun:
     """Train on this rank (inside a worker)."""
     recorder = LocalRecorder()
@@ -179,8 +185,7 @@ def train(world_size: int, case: Case) -> LocalRun:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.fit(module, loader(run.distributed_sampler_kwargs, documents=case.config == "untied"))
-    weights = {name: parameter.detach().cpu() for name, parameter in module.named_parameters()}
-    return LocalRun(recorder.losses, recorder.grads, weights, shard_specs(module))
+    return local_run(recorder, module)
 
 
 def _copy(grad: Tensor | None) -> Tensor | None:
@@ -207,7 +212,7 @@ def assemble(ranks: Sequence[LocalRun]) -> Run:
 
 
 def _whole(name: str, ranks: Sequence[LocalRun], parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part.detach() for part in parts if part is not None]
+    present = [part for part in parts if part is not None]
     assert len(present) in (0, len(parts)), f"{name}: only some ranks have a gradient"
     if not present:
         return None
