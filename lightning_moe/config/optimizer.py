@@ -29,8 +29,6 @@ class OptimizerConfig:
     """Number of optimizer steps over which the learning rate rises linearly from zero."""
     min_learning_rate_ratio: float = 0.02
     """Learning rate at the last step, as a fraction of the peak."""
-    fused: bool = False
-    """Whether one kernel updates all parameters: on GPUs faster, and without temporary copies of their size."""
 
     def __post_init__(self) -> None:
         validate(self, "optimizer", self.rules)

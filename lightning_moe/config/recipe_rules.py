@@ -155,19 +155,6 @@ def backend_fits_device(recipe: Any) -> ConfigError | None:
     return ConfigError(f"{STRATEGY}.process_group_backend", backend, "gloo on CPU", "leave it out")
 
 
-def fused_steps_are_not_clipped(recipe: Any) -> ConfigError | None:
-    """A fused AdamW undoes the scale of 16-bit gradients inside its kernel, too late for clipping."""
-    optimizer, trainer = recipe.model.init_args.optimizer or OptimizerConfig(), recipe.trainer
-    if not optimizer.fused or not trainer.gradient_clip_val or full_precision_name(trainer.precision) != "16-mixed":
-        return None
-    return ConfigError(
-        "model.init_args.optimizer.fused",
-        True,
-        "false with trainer.precision 16-mixed and trainer.gradient_clip_val",
-        "it undoes the loss scale after gradients would be clipped; or use bf16-mixed",
-    )
-
-
 def warmup_ends_before_training(recipe: Any) -> ConfigError | None:
     """The warm-up ends before the last step, or the learning rate never reaches its peak."""
     optimizer = recipe.model.init_args.optimizer or OptimizerConfig()
@@ -194,6 +181,5 @@ RECIPE_RULES: tuple[Rule, ...] = (
     precision_is_parallel,
     backend_fits_device,
     callbacks_are_supported,
-    fused_steps_are_not_clipped,
     warmup_ends_before_training,
 )

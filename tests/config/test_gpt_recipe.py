@@ -26,7 +26,7 @@ model:
       num_kv_heads: 2
       max_sequence_length: 64
       moe: {num_experts: 8, expert_hidden_size: 32}
-    optimizer: {warmup_steps: 10, fused: true}
+    optimizer: {warmup_steps: 10}
     activation_checkpointing: selective
 data:
   class_path: lightning_moe.TextDataModule
@@ -94,12 +94,6 @@ BAD = {
         "sequence_length: 64, tokenizer: bpe}",
         f"{CONFIG}.vocab_size",
         "at least 4096",
-    ),
-    "clipping a fused step": (
-        "accelerator: cpu\n  devices: 8\n  max_steps: 50",
-        "accelerator: gpu\n  devices: 8\n  max_steps: 50\n  precision: 16-mixed\n  gradient_clip_val: 1.0",
-        "model.init_args.optimizer.fused",
-        "false with",
     ),
     "stages": ("tensor: 2,", "pipeline: 2,", f"{PARALLEL}.pipeline", "1"),
     "warm-up": ("warmup_steps: 10", "warmup_steps: 50", "model.init_args.optimizer.warmup_steps", "less than"),
