@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_moe.data.text import printable
 from lightning_moe.errors import ConfigError
+from lightning_moe.models.gpt_moe.sampling import Sampling
 
 
 class TextSamples(Callback):
@@ -49,6 +50,7 @@ class TextSamples(Callback):
                 raise ConfigError(field, value, "at least 1")
         if not prompt:
             raise ConfigError("prompt", prompt, "a text that is not empty", "there must be a token to continue")
+        Sampling(temperature, top_k, top_p)  # refuses what generate() would refuse at the first sample
         self._every_n_steps = every_n_steps
         self._prompt = prompt
         self._sampling: dict[str, Any] = {
@@ -68,6 +70,7 @@ class TextSamples(Callback):
             if not hasattr(value, name):
                 cls = type(value).__name__
                 raise ConfigError(field, cls, f"one with {name}", "TextSamples needs it to continue a text")
+        self._check_length(pl_module, trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
 
     @override
     def on_train_batch_end(
@@ -84,6 +87,18 @@ class TextSamples(Callback):
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
                 add_text("sample", text, step)
+
+    def _check_length(self, model: Any, tokenizer: Any) -> None:
+        """Refuse samples longer than the model is made for now, not after the steps to the first one."""
+        longest = getattr(getattr(model, "config", None), "max_sequence_length", None)
+        length, new = len(tokenizer.encode(self._prompt)), self._sampling["max_new_tokens"]
+        if isinstance(longest, int) and length + new > longest:
+            raise ConfigError(
+                "max_new_tokens",
+                new,
+                f"with the {length} tokens of the prompt at most config.max_sequence_length = {longest}",
+                "shorten the prompt or the sample",
+            )
 
     def _continue(self, model: Any, tokenizer: Any) -> str:
         """Return the prompt and what follows; a collective call."""

@@ -27,7 +27,9 @@ def tensor_axis_divides_kv_heads(recipe: Any) -> ConfigError | None:
 def context_axis_divides_heads(recipe: Any) -> ConfigError | None:
     """Inside attention, context ranks share the heads of their tensor rank instead of the sequence."""
     parallel, config = parallel_config(recipe), model_config(recipe)
-    if parallel is None or config.num_heads % (parallel.tensor * parallel.context) == 0:
+    if parallel is None or config.num_heads % parallel.tensor:  # that is the tensor axis's problem
+        return None
+    if config.num_heads // parallel.tensor % parallel.context == 0:
         return None
     return ConfigError(
         f"{STRATEGY}.parallel.context",

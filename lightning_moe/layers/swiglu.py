@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lightning_moe.layers.fused_kernels import fused_kernels_take
 
 
 def swiglu(projected: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor) -> Tensor:
         ctx.save_for_backward(projected)
-        if _fused(projected):
+        if fused_kernels_take(projected) and projected.numel():
             from lightning_moe.layers import triton_swiglu
 
             return triton_swiglu.forward(projected)
@@ -50,7 +50,7 @@ class _SwiGLU(torch.autograd.Function):
         projected: Tensor = ctx.saved_tensors[0]
         if torch.is_grad_enabled():  # create_graph=True: the kernel below writes in place, which has no derivative
             return torch.autograd.grad(_plain(projected), projected, grad, create_graph=True)[0]
-        if _fused(projected):
+        if fused_kernels_take(projected) and projected.numel():
             from lightning_moe.layers import triton_swiglu
 
             return triton_swiglu.backward(projected, grad)
@@ -61,13 +61,3 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(grad, up, out=grad_gate)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return out
-
-
-def _fused(projected: Tensor) -> bool:
-    supported = projected.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return projected.is_cuda and supported and projected.numel() > 0 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -5,11 +5,10 @@ T tokens, K top-k, R rows, D model width, N = T*K choices.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from lightning_moe.layers.fused_kernels import fused_kernels_take
 
 
 def take_rows(values: Tensor, index: Tensor, present: Tensor | None) -> Tensor:
@@ -101,12 +100,6 @@ def dot_choices(
 
 
 def _fused(rows: Tensor, weights: Tensor | None) -> bool:
-    """Whether the kernels, which add in float32, take these operands; they have no derivative of their own."""
-    dtypes = {rows.dtype} if weights is None else {rows.dtype, weights.dtype}
-    supported = dtypes <= {torch.float32, torch.bfloat16, torch.float16}
-    return rows.is_cuda and supported and not torch.is_grad_enabled() and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether to use the kernels; they have no derivative of their own."""
+    operands = (rows,) if weights is None else (rows, weights)
+    return fused_kernels_take(*operands) and not torch.is_grad_enabled()

@@ -88,10 +88,10 @@ class _Sink:
         self._reducer, self._slot, self._bucket = reducer, slot, bucket
 
     def take(self, grad: WeightGrad) -> bool:
-        # With create_graph=True the gradient itself is to be differentiated.
-        if not self._reducer.armed or torch.is_grad_enabled():
-            return False
         slot = self._slot
+        # With create_graph=True the gradient itself is to be differentiated.
+        if not self._reducer.armed or torch.is_grad_enabled() or _has_hooks(slot.parameter):
+            return False
         _check_open(slot, self._bucket)
         grad.add_to(slot.view, accumulate=not slot.fresh)
         slot.fresh, slot.used = False, True
@@ -299,6 +299,12 @@ class GradientReducer:
             else:
                 slot.parameter.grad = slot.copy = slot.view.to(slot.parameter.dtype)
                 slot.copy_version = slot.copy._version
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether somebody else has registered hooks on the parameter: autograd would call them without a gradient."""
+    ours = 1
+    return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks) > ours  # type: ignore[attr-defined]
 
 
 def _check_open(slot: _Slot, bucket: _Bucket) -> None:

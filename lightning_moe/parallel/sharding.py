@@ -116,8 +116,14 @@ def partial_grads(root: nn.Module) -> set[nn.Parameter]:
 
 def sharded_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter, ShardSpecs]]:
     """Every parameter under ``root`` once, in ``named_parameters`` order, with its specs (empty for dense)."""
-    specs = shard_specs(root)
-    return [(name, parameter, specs.get(name, ())) for name, parameter in root.named_parameters()]
+    # By object: of a parameter that several modules share, the one that named_parameters names may have no mark.
+    specs = {
+        module._parameters[name]: marked
+        for module in root.modules()
+        for name, marked in module.__dict__.get(_SPECS_ATTRIBUTE, {}).items()
+        if name in module._parameters
+    }
+    return [(name, parameter, specs.get(parameter, ())) for name, parameter in root.named_parameters()]
 
 
 def state_dict_specs(root: nn.Module) -> dict[str, ShardSpecs]:

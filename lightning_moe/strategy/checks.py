@@ -18,6 +18,7 @@ from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import sharded_parameters
 
 
 def check_axes(parallel: ParallelConfig) -> None:
@@ -83,6 +84,29 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
                     "parameters of the LightningModule",
                     "assign it to an attribute of the module; keep lists of parameters in an nn.ParameterList",
                 )
+
+
+def check_shards(module: pl.LightningModule, mesh: ParallelMesh) -> None:
+    """Refuse parts that do not make up whole tensors; a collective call.
+
+    So are those of layers that were built before there was a mesh (``load_from_checkpoint`` does): every rank holds all
+    of them. The ranks would do the same work, and each would count in the gradient norm.
+
+    Raises:
+        ConfigError: Names the parameter.
+    """
+    parts = [(name, spec) for name, _, specs in sharded_parameters(module) for spec in specs]
+    held: list[dict[tuple[str, int], int]] = _gather({(name, spec.dim): len(spec.index) for name, spec in parts}, mesh)
+    for name, spec in parts:
+        total = sum(held[rank].get((name, spec.dim), 0) for rank in mesh.ranks(spec.axis))
+        if total != spec.size:
+            raise ConfigError(
+                f"parameter {name}",
+                f"{total} positions along dim {spec.dim} on the {mesh.size(spec.axis)} ranks of the axis {spec.axis}",
+                f"{spec.size}, each on one rank",
+                "layers that are split must be built in configure_model, from self.trainer.strategy.mesh; a module "
+                "that has been built before holds all positions on every rank",
+            )
 
 
 def check_training_lengths(num_batches: float, mesh: ParallelMesh) -> None:

@@ -46,6 +46,7 @@ from lightning_moe.strategy.checks import (
     check_evaluation_lengths,
     check_optimizers,
     check_same_batch,
+    check_shards,
     check_training_lengths,
 )
 from lightning_moe.strategy.evaluation import finishes_dataloader
@@ -140,6 +141,7 @@ class MoEStrategy(MeshStrategy):
         self.model_to_device()
         broadcast_replicas(self.model, self.mesh)
         if trainer.state.fn == TrainerFn.FITTING:
+            check_shards(trainer.lightning_module, self.mesh)
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
             check_optimizers(self._plain_optimizers(), trainer.lightning_module)

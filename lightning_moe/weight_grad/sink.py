@@ -34,7 +34,11 @@ class WeightGradSink(Protocol):
     """What collects the gradients of one weight."""
 
     def take(self, grad: WeightGrad) -> bool:
-        """Accept a gradient; False while nothing is collected (a backward pass that is not the strategy's)."""
+        """Accept a gradient.
+
+        False while nothing is collected (a backward pass that is not the strategy's), and where the weight has hooks,
+        which want to see a gradient.
+        """
         ...
 
 

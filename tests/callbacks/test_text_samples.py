@@ -108,9 +108,21 @@ def test_what_cannot_be_sampled_is_refused(tmp_path: Path) -> None:
         TextSamples(max_new_tokens=0)
     with pytest.raises(ConfigError, match="prompt"):
         TextSamples(prompt="")
+    for field, value in (("temperature", -1.0), ("top_k", 0), ("top_p", 0.0)):
+        with pytest.raises(ConfigError, match=f"{field}: {value}"):
+            TextSamples(**{field: value})  # type: ignore[arg-type]
     write_texts(tmp_path)
     with pytest.raises(ConfigError, match=r"model: 'BoringModel' .* generate"):
         fit(tmp_path, BoringModel(), TextSamples())
     plain = torch.utils.data.DataLoader(torch.zeros(4, 32))  # type: ignore[arg-type, var-annotated]
     with pytest.raises(ConfigError, match=r"data: 'NoneType' .* tokenizer"):
         fit(tmp_path, Echo(), TextSamples(), plain)
+
+
+def test_samples_longer_than_the_model_are_refused_before_training(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    model = GPTMoE(GPTMoEConfig(hidden_size=16, num_heads=2, max_sequence_length=64))
+    with pytest.raises(ConfigError, match=r"max_new_tokens: 61 .* 4 tokens of the prompt .* = 64"):
+        fit(tmp_path, model, TextSamples(1000, max_new_tokens=61))
+    assert model.global_step == 0
+    fit(tmp_path, model, TextSamples(1000, max_new_tokens=60))

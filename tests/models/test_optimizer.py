@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_moe.config import OptimizerConfig
 from lightning_moe.models.chronos_moe import ChronosMoEModel
-from lightning_moe.models.optimizer import cosine_schedule, parameter_groups
+from lightning_moe.models.optimizer import adamw, cosine_schedule, parameter_groups
 from tests.models.chronos_moe.configs import small_config
 
 
@@ -42,3 +43,18 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     assert {"reg_token", "final_norm.weight", "patch_embedding.hidden_proj.bias"} <= without
     assert not any("experts" in name or "router" in name for name in without)
     assert all(isinstance(p, torch.nn.Parameter) for p in decay["params"])
+
+
+def test_lightning_clips_for_the_fused_optimizer_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(5, 3)
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(torch.Tensor, "is_cuda", True)
+        optimizer = adamw(layer, OptimizerConfig(), math.inf)["optimizer"]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["fused"]
+    layer.weight.grad = torch.full_like(layer.weight, 2.0)
+    MixedPrecision("bf16-mixed", "cpu").clip_gradients(optimizer, 1.0)
+    torch.testing.assert_close(layer.weight.grad.norm(), torch.tensor(1.0))
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)

@@ -397,6 +397,28 @@ def test_a_backward_of_somebody_else_does_not_reach_the_buckets() -> None:
     assert sink_of(module.projection) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hooks_of_a_weight_see_its_gradient(dtype: torch.dtype) -> None:
+    """They mask or scale gradients; autograd calls them with None where the gradient went past it."""
+    weights = [nn.Parameter(torch.ones(2, 2, dtype=dtype)) for _ in range(2)]
+    seen: list[Tensor | None] = []
+    weights[0].register_hook(lambda grad: 2 * grad)  # type: ignore[no-untyped-call]
+    weights[1].register_post_accumulate_grad_hook(lambda parameter: seen.append(_copy(parameter.grad)))
+    reducer = GradientReducer(nn.ParameterList(weights), ParallelMesh.single(), 2**20)
+    rows = torch.ones(1, 2, dtype=dtype)
+    _backward(reducer, (linear(rows, weights[0]) + linear(rows, weights[1])).sum())
+    ones = torch.ones(2, 2, dtype=dtype)
+    assert seen[0] is not None
+    assert torch.equal(seen[0], ones)
+    for weight, expected in zip(weights, (2 * ones, ones), strict=True):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, expected)
+
+
+def _copy(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.clone()
+
+
 def test_a_module_with_a_reducer_can_be_pickled() -> None:
     module = Tied()
     reducer = GradientReducer(module, ParallelMesh.single(), 2**20)

@@ -105,6 +105,16 @@ def test_marks_survive_new_parameter_objects() -> None:
     assert [(name, spec) for name, _, spec in sharded_parameters(module)] == [("weight", (SPEC,)), ("scale", ())]
 
 
+def test_a_shared_parameter_is_marked_if_one_of_its_modules_marks_it() -> None:
+    """Taken for a dense one, its gradient would be summed over ranks that hold other experts."""
+    experts, plain = Experts(), nn.Module()
+    plain.weight = experts.weight
+    assert [(name, spec) for name, _, spec in sharded_parameters(nn.ModuleList([plain, experts]))] == [
+        ("0.weight", (SPEC,)),
+        ("1.scale", ()),
+    ]
+
+
 @pytest.mark.parametrize("index", [(0, 0), (-1, 2), (0, NUM_EXPERTS)], ids=str)
 def test_positions_must_be_distinct_and_in_range(index: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_moe import ConfigError, ParallelConfig
+from lightning_moe import ConfigError, ParallelConfig, ParallelMesh
+from lightning_moe.layers import ColumnParallelLinear
 from tests.distributed import RankFailure, RankPool
-from tests.strategy.tiny import Run, Sequences, TinyMoE, check_equal, train, trainer
+from tests.strategy.tiny import WIDTH, Run, Sequences, TinyMoE, check_equal, train, trainer
 
 SETTINGS: dict[str, Any] = {
     "dtype": torch.float64,
@@ -65,6 +66,27 @@ def test_ranks_that_share_samples_must_draw_the_same(ranks: RankPool) -> None:
     assert all(isinstance(error, ConfigError) for error in caught.value.errors.values())
     assert "train_dataloader" in str(caught.value)
     ranks.run(2, fit_shuffled, True, init_process_group=False)
+
+
+class SplitInInit(TinyMoE):
+    """Has a split layer before there is a mesh, as after ``load_from_checkpoint``: all of it on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split = ColumnParallelLinear(WIDTH, WIDTH, ParallelMesh.single())
+
+
+def fit_split_in_init(parallel: ParallelConfig) -> None:
+    run = trainer(2, 0, parallel, max_steps=1)
+    run.fit(SplitInInit(), DataLoader(Sequences(32), batch_size=4))
+
+
+def test_split_layers_that_every_rank_holds_whole_are_refused(ranks: RankPool) -> None:
+    """They would count once for each rank in the gradient norm."""
+    ranks.run(2, fit_split_in_init, ParallelConfig(expert=2), init_process_group=False)
+    with pytest.raises(RankFailure, match=r"split\.weight.*configure_model") as caught:
+        ranks.run(2, fit_split_in_init, ParallelConfig(tensor=2), init_process_group=False)
+    assert all(isinstance(error, ConfigError) for error in caught.value.errors.values())
 
 
 def fit_and_catch_warnings() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ def split_documents(documents: Sequence[Document], modulus: int) -> Split[list[D
     Raises:
         ConfigError: A part is empty.
     """
-    remainders = [int(hashlib.md5(one.name.encode(), usedforsecurity=False).hexdigest(), 16) for one in documents]
+    # The name as bytes, as file systems have it: it need not be UTF-8.
+    remainders = [int(hashlib.md5(os.fsencode(one.name), usedforsecurity=False).hexdigest(), 16) for one in documents]
     parts: Split[list[Document]] = Split([], [], [])
     for document, remainder in zip(documents, remainders, strict=True):
         part = {0: parts.test, 1: parts.validation}.get(remainder % modulus, parts.training)

@@ -37,6 +37,10 @@ def generate(model: GPTMoEModel, tokens: Tensor, max_new_tokens: int, sampling: 
     batch, length = tokens.shape
     if length < 1:
         raise ConfigError("tokens", f"shape {tuple(tokens.shape)}", "at least one token per sequence")
+    if length > longest:
+        raise ConfigError(
+            "tokens", f"shape {tuple(tokens.shape)}", f"at most config.max_sequence_length = {longest} tokens"
+        )
     if max_new_tokens < 0 or length + max_new_tokens > longest:
         raise ConfigError(
             "max_new_tokens",

@@ -80,8 +80,8 @@ class GPTMoE(pl.LightningModule):
         self.model: GPTMoEModel | None = None
         self.mean_loss = MeanLoss()
         self.bits_per_byte = BitsPerByte()
-        moe = self.config.moe
-        self.expert_load = None if moe is None else ExpertLoad(len(self.config.moe_layers), moe.num_experts)
+        moe, layers = self.config.moe, self.config.moe_layers
+        self.expert_load = ExpertLoad(len(layers), moe.num_experts) if moe is not None and layers else None
 
     # ---- building
 

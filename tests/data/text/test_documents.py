@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -61,6 +62,18 @@ def test_what_is_no_utf8_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("süß".encode("latin-1"))
     (document,) = read_folder(tmp_path, "*.txt")
     assert document.text.decode() == "s\ufffd\ufffd"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file systems refuse such names")
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path)
+    name = b"s\xfc\xdf.txt"
+    (tmp_path / os.fsdecode(name)).write_text("latin")
+    parts = split_documents(read_folder(tmp_path, "*.txt"), 5)
+    remainder = int.from_bytes(hashlib.md5(name).digest()) % 5
+    part = {0: parts.test, 1: parts.validation}.get(remainder, parts.training)
+    assert b"latin" in [document.text for document in part]
+    assert sum(map(len, parts)) == len(texts) + 1
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
