@@ -60,7 +60,8 @@ def linear_cross_entropy(
         float32.
 
     Raises:
-        ConfigError: ``chunk_tokens`` is less than 1, or ``weight`` does not hold this rank's rows.
+        ConfigError: ``chunk_tokens`` is less than 1, ``weight`` does not hold this rank's rows, or there are more or
+            fewer labels than tokens.
     """
     vocabulary = VocabularyShard.of(mesh, vocab_size)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -73,6 +74,8 @@ def linear_cross_entropy(
     group = mesh.active_group(Axis.TENSOR)
     hidden = gather(hidden, group)
     labels = labels.reshape(-1)
+    if labels.numel() != hidden.shape[0]:  # labels beyond the last chunk would be passed over
+        raise ConfigError("labels", f"{labels.numel()} labels", f"one for each of the {hidden.shape[0]} tokens")
     chunk = max(1, hidden.shape[0] if chunk_tokens is None else chunk_tokens)
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):

@@ -39,7 +39,7 @@ def adamw(
     )
     # Lightning refuses to clip for an optimizer that could unscale gradients, in bf16-mixed as well, where nothing is
     # scaled. Without a gradient scaler nobody else reads this.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     total = None if math.isinf(total_steps) else int(total_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(settings, total))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -144,6 +144,9 @@ class GradientReducer:
         if any(p.requires_grad and p not in self._slots for p in self._module.parameters()):
             self._build()  # parameters have been unfrozen
         for bucket in self._buckets:
+            if bucket.work is not None:  # left by a backward pass that ended in an exception
+                bucket.work.wait()
+                bucket.work = None
             for slot in bucket.slots:
                 self._take_grad(slot)
             if bucket.reduced and not all(slot.fresh for slot in bucket.slots):
@@ -304,7 +307,7 @@ class GradientReducer:
 def _has_hooks(parameter: nn.Parameter) -> bool:
     """Whether somebody else has registered hooks on the parameter: autograd would call them without a gradient."""
     ours = 1
-    return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks) > ours  # type: ignore[attr-defined]
+    return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks) > ours
 
 
 def _check_open(slot: _Slot, bucket: _Bucket) -> None:

@@ -62,6 +62,12 @@ def test_a_recipe_that_leaves_everything_to_defaults(tmp_path: Path) -> None:
 
 BAD = {
     "heads over tensor ranks": ("num_kv_heads: 2", "num_kv_heads: 1", f"{PARALLEL}.tensor", "key-value heads, 1"),
+    "odd heads over tensor ranks": (
+        "num_heads: 4\n      num_kv_heads: 2",
+        "hidden_size: 40\n      num_heads: 5\n      num_kv_heads: 5",
+        f"{PARALLEL}.tensor",
+        "key-value heads, 5",
+    ),
     "heads over context ranks": (
         "num_heads: 4\n      num_kv_heads: 2",
         "hidden_size: 48\n      num_heads: 6\n      num_kv_heads: 2",

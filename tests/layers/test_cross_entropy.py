@@ -170,6 +170,8 @@ def test_refuses_wrong_arguments(ranks: RankPool) -> None:
     hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
     with pytest.raises(ConfigError, match="loss_chunk_tokens"):
         single(hidden, weight, torch.tensor([0, 1]), chunk=0)
+    with pytest.raises(ConfigError, match="one for each of the 2 tokens"):
+        single(hidden, weight, torch.tensor([0, 1, 2]), chunk=2)
     with pytest.raises(RankFailure, match=rf"weight: \(6, {WIDTH}\) is not allowed; allowed: 5 rows"):
         ranks.run(2, other_share)
 

@@ -452,3 +452,33 @@ def test_partial_gradients_are_summed_over_tensor(ranks: RankPool) -> None:
     """Data ranks {0, 2} and {1, 3}: the mean of each for copies, the mean over data of the sums for parts."""
     assert ranks.run(4, reduce_over_tensor, False) == [[2.0] * 2, [3.0] * 2, [2.0] * 2, [3.0] * 2]
     assert ranks.run(4, reduce_over_tensor, True) == [[5.0] * 2] * 4
+
+
+class FailsOnce(torch.autograd.Function):
+    """The identity, whose backward raises an exception."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ArithmeticError
+
+
+def survive_a_failed_backward() -> list[float]:
+    """The dense parameter arrives and its bucket is sent; then backward fails, is caught and done again."""
+    mesh = ParallelMesh.build(ParallelConfig())
+    module = Two(mesh)
+    reducer = GradientReducer(module, mesh, 1)
+    reducer.arm()
+    with pytest.raises(ArithmeticError):
+        (module.experts.sum() * FailsOnce.apply(module.dense.sum() * 0.0 + module.experts.sum())).backward()
+    module.zero_grad()
+    _backward(reducer, module.loss(float(dist.get_rank() + 1)))
+    assert module.dense.grad is not None
+    return module.dense.grad.tolist()
+
+
+def test_a_backward_that_failed_is_forgotten(ranks: RankPool) -> None:
+    assert ranks.run(2, survive_a_failed_backward) == [[1.5] * 3] * 2

@@ -241,8 +241,8 @@ class InInit(TinyMoE):
 
 
 def test_stochastic_weight_averaging_of_spread_experts_is_refused(ranks: RankPool) -> None:
-    """Its checkpoint would keep the averages of rank 0's experts only."""
-    with pytest.raises(RankFailure, match="only rank 0's experts"):
+    """Its checkpoint would keep the averages of rank 0's part of the weights only."""
+    with pytest.raises(RankFailure, match="only rank 0's part of the weights"):
         ranks.run(2, average, [StochasticWeightAveraging(1e-2)], init_process_group=False)
 
 

@@ -8,11 +8,12 @@ texts over these.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
 import numpy as np
 from typing_extensions import override
@@ -28,6 +29,9 @@ END_TOKEN: Final = "<|endoftext|>"
 
 _TRAINING: Final = "byte-level bpe 1"
 """Part of the name of a trained vocabulary in the cache; changes with the way of training."""
+
+_LONGEST_WORD: Final = 1 << 12
+"""Characters without a space from which on a text is cut for training: a megabyte in one word would take minutes."""
 
 _PROBE: Final = "def f(x):\n\tre\u0301sume\u0301 \ufb01 \u4e16\U0001f600\r\n\x00 <|endoftext|></s>  "
 """A text that vocabularies with a normaliser, an added space or unknown characters do not give back."""
@@ -103,12 +107,20 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator((text.decode() for text in texts), trainer)
+    model.train_from_iterator(_training_pieces(texts), trainer)
     if model.get_vocab_size() < vocab_size:
         raise ConfigError(
             "data.vocab_size", vocab_size, f"at most {model.get_vocab_size()}", "the documents yield no more tokens"
         )
     return model.to_str()
+
+
+def _training_pieces(texts: Sequence[bytes]) -> Iterator[str]:
+    """The texts, those with an endless word in pieces: training takes the square of a word's length."""
+    for text in (text.decode() for text in texts):
+        endless = any(run.end() - run.start() > _LONGEST_WORD for run in re.finditer(r"\S+|\s+", text))
+        size = _LONGEST_WORD if endless else max(len(text), 1)
+        yield from (text[start : start + size] for start in range(0, len(text), size))
 
 
 def cached_path(cache: Path, texts: Sequence[bytes], vocab_size: int) -> Path:
@@ -134,9 +146,10 @@ def read_description(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that other processes see whole or not at all, whoever else writes it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".draft", delete=False) as draft:
-        draft.write(text)
-    Path(draft.name).replace(path)
+    # No NamedTemporaryFile: nobody else could read what it leaves, and a cache may be shared.
+    draft = path.with_name(f"{uuid4().hex}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def _parse(description: str) -> tokenizers.Tokenizer:

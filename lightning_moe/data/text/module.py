@@ -91,8 +91,6 @@ class TextDataModule(LightningDataModule):
             seed=seed,
             cache_dir=cache_dir,
         )
-        # With fewer rows than ranks some ranks have nothing to evaluate. Lightning takes that for a mistake.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self._corpus: Corpus | None = None
         self._tokens_seen: int | None = None
 

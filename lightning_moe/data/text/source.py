@@ -26,8 +26,13 @@ def prepare_corpus(config: TextConfig) -> None:
         return
     texts = _training_texts(_read_documents(config))
     path = _vocabulary_path(config, texts)
-    if not path.exists():
-        write_atomically(path, train_bpe(texts, config.vocab_size or BPE_VOCABULARY))
+    if _is_whole(path):
+        return
+    description = train_bpe(texts, config.vocab_size or BPE_VOCABULARY)
+    try:
+        write_atomically(path, description)
+    except OSError as error:
+        raise ConfigError("data.cache_dir", config.cache_dir, "a folder that can be written to", str(error)) from error
 
 
 def open_corpus(config: TextConfig) -> Corpus:
@@ -81,6 +86,15 @@ def _trained_tokenizer(config: TextConfig, documents: Split[list[Document]]) -> 
         hint = f"{path} is written by prepare_data(), which a Trainer calls once per machine"
         raise ConfigError("data.cache_dir", config.cache_dir, "a folder that the vocabulary was written to", hint)
     return BPETokenizer(read_description(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the cache has a vocabulary there; a machine that lost power may leave a part of one."""
+    try:
+        BPETokenizer(read_description(path))
+    except ConfigError:
+        return False
+    return True
 
 
 def _training_texts(documents: Split[list[Document]]) -> list[bytes]:

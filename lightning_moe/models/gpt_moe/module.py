@@ -21,6 +21,8 @@ from lightning_moe.models.gpt_moe.sampling import Sampling
 from lightning_moe.models.optimizer import adamw
 from lightning_moe.models.ranks import mean_over_data_ranks, mesh_of
 from lightning_moe.models.routing import auxiliary_loss, load_imbalance, tokens_per_expert
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.state import load_full_state_dict
 
 Batch = dict[str, Tensor]
 
@@ -99,15 +101,28 @@ class GPTMoE(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Build the network once: this rank's part under a strategy with a mesh, all of it otherwise."""
+        """Build the network once: this rank's part under a strategy with a mesh, all of it otherwise.
+
+        Of a network that was built whole before there was a mesh, as ``load_from_checkpoint`` does, this rank's part is
+        kept.
+        """
+        mesh = mesh_of(self)
         if self.model is None:
-            self.model = GPTMoEModel(
-                self.config,
-                mesh_of(self),
-                activation_checkpointing=self.activation_checkpointing,
-                loss_chunk_tokens=self.loss_chunk_tokens,
-                compile_blocks=self.compile_blocks,
-            )
+            self.model = self._build(mesh)
+        elif mesh is not None and mesh.world_size > self.model.mesh.world_size == 1:
+            whole, self.model = self.model, self._build(mesh).to(self.model.device, self.model.dtype)
+            load_full_state_dict(self.model, whole.state_dict())
+            for name, parameter in whole.named_parameters():
+                self.model.get_parameter(name).requires_grad_(parameter.requires_grad)
+
+    def _build(self, mesh: ParallelMesh | None) -> GPTMoEModel:
+        return GPTMoEModel(
+            self.config,
+            mesh,
+            activation_checkpointing=self.activation_checkpointing,
+            loss_chunk_tokens=self.loss_chunk_tokens,
+            compile_blocks=self.compile_blocks,
+        )
 
     def network(self) -> GPTMoEModel:
         """The network, built on first use."""

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.data import has_len_all_ranks
 from torch import Tensor
 
 from lightning_moe import ConfigError, MoEStrategy, TextDataModule
@@ -248,6 +249,23 @@ def test_epochs_that_lightning_ends_or_repeats(folder: Path) -> None:
     assert unknown is None
 
 
+class Both:
+    """What Lightning asks of a strategy on the second of two ranks, the first of which has one batch."""
+
+    root_device = torch.device("cpu")
+
+    def reduce(self, length: Tensor, reduce_op: str) -> Tensor:
+        return length + 1
+
+
+def test_a_rank_without_rows_to_validate_on_is_refused(folder: Path) -> None:
+    """It would skip the loop, and the others would wait for its scores."""
+    data = on_ranks(2, folder, validation_sequences=1)[1]
+    allowed = data.allow_zero_length_dataloader_with_multiple_devices
+    with pytest.raises(RuntimeError, match="zero length"):
+        has_len_all_ranks(data.val_dataloader(), Both(), allowed)  # type: ignore[arg-type]
+
+
 # --- trained vocabularies
 
 
@@ -270,6 +288,22 @@ def test_a_trained_vocabulary_is_kept_and_found_again(folder: Path, tmp_path: Pa
     first = data.tokenizer.encode_bytes(held_out)[0]
     assert whole == len(held_out) - len(data.tokenizer.token_bytes[first])
     assert masked < whole
+
+
+def test_a_vocabulary_that_is_not_whole_is_trained_again(folder: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 280, "cache_dir": str(tmp_path)}
+    module(folder, **settings)
+    (path,) = tmp_path.rglob("*.json")
+    description = path.read_text()
+    path.write_text(description[:100])
+    module(folder, **settings)
+    assert path.read_text() == description
+
+
+def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .*file' .* can be written to"):
+        module(folder, tokenizer="bpe", vocab_size=280, cache_dir=str(tmp_path / "file"))
 
 
 def test_where_vocabularies_are_kept_by_default(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,15 @@ def test_too_large_a_vocabulary_is_refused() -> None:
         train_bpe([b"abab"], 400)
 
 
+def test_training_cuts_endless_words_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    description = train_bpe(TEXTS, 320)
+    monkeypatch.setattr("lightning_moe.data.text.bpe._LONGEST_WORD", 60)
+    assert train_bpe(TEXTS, 320) == description, "texts, but no words, are longer"
+    endless = ("世x" * 45).encode()
+    pieces = [("世x" * 30).encode(), ("世x" * 15).encode()]
+    assert train_bpe([endless, *TEXTS], 320) == train_bpe([*pieces, *TEXTS], 320) != train_bpe(TEXTS, 320)
+
+
 def test_tokens_beyond_two_bytes() -> None:
     class Large(ByteTokenizer):
         def __init__(self) -> None:
@@ -102,6 +111,8 @@ def test_writing_leaves_one_whole_file(tmp_path: Path) -> None:
     write_atomically(path, "second")
     assert [one.name for one in path.parent.iterdir()] == ["tokenizer.json"]
     assert read_description(path) == "second"
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "a cache may be shared"
 
 
 def test_printable_text_keeps_its_lines() -> None:

@@ -71,10 +71,12 @@ def test_fit_learns(tmp_path: Path, precision: str) -> None:
     assert counted[0].tolist() == list(range(3, 17))
 
 
-def test_a_dense_model_logs_no_routing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dense", [{"moe": None}, {"dense_layers": (0, 1)}], ids=["no moe", "all layers dense"])
+def test_a_dense_model_logs_no_routing(tmp_path: Path, dense: dict[str, Any]) -> None:
     trainer = quiet(tmp_path, max_steps=2)
-    module = GPTMoE(GPTMoEConfig(vocab_size=VOCABULARY, moe=None))
+    module = GPTMoE(GPTMoEConfig(vocab_size=VOCABULARY, **dense))
     trainer.fit(module, datamodule=Cycle())
+    trainer.test(module, datamodule=Cycle(), verbose=False)
     assert {"auxiliary_loss", "expert_load_imbalance"}.isdisjoint(trainer.callback_metrics)
     assert module.expert_load is None
 
