@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
@@ -228,6 +229,15 @@ def test_stochastic_weight_averaging_is_refused_by_name(ranks: RankPool) -> None
     error = failure.value.__cause__
     assert isinstance(error, ConfigError)
     assert error.value == "StochasticWeightAveraging"
+
+
+def test_pruning_is_refused_by_name(ranks: RankPool) -> None:
+    """It renames parameters, and each rank would save its own experts as if they were all."""
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(2, fit_with, [ModelPruning("l1_unstructured", amount=0.5)], init_process_group=False)
+    error = failure.value.__cause__
+    assert isinstance(error, ConfigError)
+    assert error.value == "ModelPruning"
 
 
 class InInit(TinyMoE):

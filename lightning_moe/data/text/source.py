@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ def prepare_corpus(config: TextConfig) -> None:
     Raises:
         ConfigError: The settings and the data do not fit together.
     """
+    config = _at_home(config)
     if config.tokenizer != "bpe" or _is_megatron(config):
         return
     texts = _training_texts(_read_documents(config))
@@ -41,6 +43,7 @@ def open_corpus(config: TextConfig) -> Corpus:
     Raises:
         ConfigError: The settings and the data do not fit together, or the vocabulary has not been prepared.
     """
+    config = _at_home(config)
     if _is_megatron(config):
         from lightning_moe.data.text.megatron import MegatronCorpus
 
@@ -49,6 +52,16 @@ def open_corpus(config: TextConfig) -> Corpus:
     documents = _read_documents(config)
     tokenizer = _trained_tokenizer(config, documents) if config.tokenizer == "bpe" else _fixed_tokenizer(config)
     return DocumentCorpus(documents, tokenizer, config.sequence_length)
+
+
+def _at_home(config: TextConfig) -> TextConfig:
+    """The settings with ``~`` in their paths resolved, which only a shell would have done."""
+    return replace(
+        config,
+        path=None if config.path is None else os.path.expanduser(config.path),
+        tokenizer=os.path.expanduser(config.tokenizer),
+        cache_dir=None if config.cache_dir is None else os.path.expanduser(config.cache_dir),
+    )
 
 
 def _is_megatron(config: TextConfig) -> bool:

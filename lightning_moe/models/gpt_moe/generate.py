@@ -31,9 +31,11 @@ def generate(model: GPTMoEModel, tokens: Tensor, max_new_tokens: int, sampling: 
         int64 ``[B, S + max_new_tokens]``, the same on all ranks.
 
     Raises:
-        ConfigError: The prompt is empty, or the sequences would be longer than the model is made for.
+        ConfigError: The prompt is not ``[B, S]`` or empty, or the sequences would be longer than the model is made for.
     """
     longest = model.config.max_sequence_length
+    if tokens.dim() != 2:
+        raise ConfigError("tokens", f"shape {tuple(tokens.shape)}", "[B, S]", "tokens[None] makes a batch of one")
     batch, length = tokens.shape
     if length < 1:
         raise ConfigError("tokens", f"shape {tuple(tokens.shape)}", "at least one token per sequence")

@@ -324,3 +324,13 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         module(folder, pattern="*.rst")
     with pytest.raises(ConfigError, match=r"data\.sequence_length: 1000000"):
         module(folder, sequence_length=1_000_000)
+
+
+def test_the_home_folder_may_be_named_by_a_tilde(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    settings: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 270}
+    data = module(f"~/{folder.name}", cache_dir=f"~/{tmp_path.name}", **settings)
+    assert rows_of(data.test_dataloader()) == rows_of(
+        module(folder, cache_dir=str(tmp_path), **settings).test_dataloader()
+    )
+    assert list((folder.parent / tmp_path.name).iterdir())

@@ -91,7 +91,13 @@ def test_nothing_to_generate() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "new", "field"),
-    [((1, 4), 61, "max_new_tokens"), ((1, 4), -1, "max_new_tokens"), ((1, 0), 1, "tokens"), ((1, 65), 1, "tokens")],
+    [
+        ((1, 4), 61, "max_new_tokens"),
+        ((1, 4), -1, "max_new_tokens"),
+        ((1, 0), 1, "tokens"),
+        ((1, 65), 1, "tokens"),
+        ((4,), 1, "tokens"),
+    ],
 )
 def test_refuses(shape: Sequence[int], new: int, field: str) -> None:
     with pytest.raises(ConfigError) as raised:
