@@ -33,6 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Undo what a test does to the environment, which later tests hand on to their workers.
+
+    ``seed_everything`` leaves its seed there, and a strategy in a worker of another test would start from it.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Worker processes for tests on several ranks: see :mod:`tests.distributed`."""

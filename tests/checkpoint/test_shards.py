@@ -91,6 +91,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saver", range(len(CONFIGS)))
 @pytest.mark.parametrize("loader", range(len(CONFIGS)))
 def test_any_topology_reads_what_any_other_wrote(ranks: RankPool, tmp_path: Path, saver: int, loader: int) -> None:

@@ -46,6 +46,7 @@ def one_process(ranks: RankPool) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "parallel"), AXES, ids=str)
 def test_equals_one_process(ranks: RankPool, one_process: Run, world_size: int, parallel: ParallelConfig) -> None:
     """Losses, clipped steps and weights; the dense layers do the same work on all ranks that share a batch."""

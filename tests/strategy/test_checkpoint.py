@@ -114,6 +114,7 @@ def test_evaluation_from_a_checkpoint(ranks: RankPool, saved: dict[str, Any], wo
     assert abs(metric - expected) <= 1e-6 * abs(expected)
 
 
+@pytest.mark.slow
 def test_lightnings_consolidation_tool(ranks: RankPool, saved: dict[str, Any], tmp_path: Path) -> None:
     """The official tool turns the directory into one file that a single device and any topology can resume from."""
     target = tmp_path / "whole.ckpt"
