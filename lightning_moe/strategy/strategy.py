@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -33,7 +32,7 @@ from lightning_moe.parallel.gradients import GradientReducer
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.rng import AxisRng, fold_seed
-from lightning_moe.parallel.sharding import shard_axis_of, shard_specs, sharded_parameters, whole_shape
+from lightning_moe.parallel.sharding import shard_axis_of, sharded_parameters
 from lightning_moe.parallel.state import (
     broadcast_buffers,
     broadcast_replicas,
@@ -53,6 +52,7 @@ from lightning_moe.strategy.evaluation import finishes_dataloader
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
+from lightning_moe.strategy.sizes import report_sizes
 
 
 class MoEStrategy(MeshStrategy):
@@ -149,7 +149,7 @@ class MoEStrategy(MeshStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-            self._report_sizes()
+            report_sizes(trainer.lightning_module, self.mesh)
 
     @override
     def model_to_device(self) -> None:
@@ -159,22 +159,6 @@ class MoEStrategy(MeshStrategy):
     def _moe_layers(self) -> list[MoELayer]:
         assert self.lightning_module is not None
         return [module for module in self.lightning_module.modules() if isinstance(module, MoELayer)]
-
-    def _report_sizes(self) -> None:
-        """Say what the whole model holds: Lightning's summary counts rank 0's experts only."""
-        assert self.lightning_module is not None
-        local = whole = 0
-        for _, parameter, specs in sharded_parameters(self.lightning_module):
-            local += parameter.numel()
-            whole += math.prod(whole_shape(parameter, specs))
-        rank_zero_info(f"{self.mesh}: {whole:,} parameters in the whole model, {local:,} on this rank")
-        split = {spec.axis for specs in shard_specs(self.lightning_module).values() for spec in specs}
-        if self.mesh.size(Axis.TENSOR) > 1 and Axis.TENSOR not in split:
-            rank_zero_warn(
-                f"parallel.tensor is {self.mesh.size(Axis.TENSOR)}, but no parameter of "
-                f"{type(self.lightning_module).__name__} is split over it: these ranks do the same work. Use tensor=1, "
-                "or layers that are split, such as lightning_moe.layers.ColumnParallelLinear."
-            )
 
     @property
     @override

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[bytes]]:
     """A corpus of bytes, as a prefix and as texts."""
-    pytest.importorskip("megatron.core")
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     folder = tmp_path_factory.mktemp("megatron")

@@ -17,7 +17,7 @@ from tests.models.gpt_moe.training import Case, LocalRun, train_all
 
 PRECISIONS = {
     "64-true": Case(dtype=torch.float64, steps=6),
-    # As in test_parallel: weights that stay where they are, so that every step compares gradients alone.
+    # Weights that stay where they are, so that every step compares gradients alone.
     "32-true": Case(dtype=torch.float32, steps=3, learning_rate=1e-12),
     "bf16-mixed": Case(dtype=torch.float32, steps=3, learning_rate=1e-12, precision="bf16-mixed"),
 }

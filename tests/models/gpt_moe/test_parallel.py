@@ -45,9 +45,9 @@ def topologies() -> list[tuple[int, ParallelConfig]]:
 CASES = [
     Case("untied"),
     Case("tied", steps=3),
-    # In float32 AdamW makes much of the rounding of tiny gradients, so these three steps leave the weights where they
-    # are; that nothing but rounding is behind it shows in float64.
-    Case("untied", dtype=torch.float32, steps=3, learning_rate=1e-12),
+    # Steps of a size at which AdamW does not blow up the rounding of tiny gradients beyond the tolerance; that nothing
+    # but rounding is behind it shows in float64.
+    Case("untied", dtype=torch.float32, learning_rate=1e-3),
 ]
 
 
