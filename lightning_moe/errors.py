@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os import PathLike, fspath
+
 
 class ConfigError(ValueError):
     """A setting that cannot work, reported before anything is lost.
@@ -40,3 +42,27 @@ class ConfigError(ValueError):
         """Return the same error with its field nested under ``prefix``, e.g. ``"trainer.strategy.init_args"``."""
         field = f"{prefix}.{self.field}" if prefix else self.field
         return type(self)(field, self.value, self.allowed, self.hint, self.location)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or that must not be read.
+
+    Args:
+        path: The checkpoint, or the folder that was searched for one.
+        reason: What is wrong, in words; names the file, the step and the rank where they are known.
+        hint: What to do about it, in words; empty when ``reason`` already says it.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str, hint: str = "") -> None:
+        self.path = fspath(path)
+        self.reason = reason
+        self.hint = hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        hint = f". Hint: {self.hint}" if self.hint else ""
+        return f"checkpoint {self.path}: {self.reason}{hint}"
+
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[str, str, str]]:
+        # As above: one rank's error is raised on all others.
+        return type(self), (self.path, self.reason, self.hint)

@@ -69,6 +69,8 @@ class RandomTokens(IterableDataset[dict[str, Tensor]]):
 class Measure(pl.Callback):
     """Times the steps after a warm-up, then profiles some more."""
 
+    reads_weights = False
+
     def __init__(self, warmup: int, steps: int, profiled: int, listed: int) -> None:
         self.warmup, self.steps, self.profiled, self.listed = warmup, steps, profiled, listed
         self.clock: StepClock | None = None
@@ -109,7 +111,9 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
     trainer = pl.Trainer(
         accelerator=options.accelerator,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        strategy=MoEStrategy(parallel, bucket_megabytes=options.bucket_megabytes),
+        strategy=MoEStrategy(
+            parallel, bucket_megabytes=options.bucket_megabytes, optimizer_sharding=options.optimizer_sharding
+        ),
         precision=options.precision,
         max_steps=options.warmup + options.steps + options.profile,
         callbacks=[measure],
@@ -179,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--loss-chunk", type=int, default=4096, help="tokens whose logits exist at a time")
     parser.add_argument("--bucket-megabytes", type=float, default=100.0)
+    parser.add_argument("--optimizer-sharding", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--accelerator", default="gpu")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")

@@ -2,12 +2,15 @@
 
 Positions mean nothing on another topology; names do. A state tensor with as many dims as its parameter and the same
 length along the sharded one (``exp_avg``, Adafactor's ``row_var``) is sharded like the parameter; values of one element
-(``step``) are the same everywhere.
+(``step``) are the same everywhere. Where the optimizer steps a run of the parameter's elements (see
+:mod:`lightning_moe.parallel.main_params`), a state tensor of the run's shape holds these elements of the whole one.
+Files do not show which kind of optimizer wrote them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -15,29 +18,36 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
+from lightning_moe.checkpoint.mains import NO_MAINS, MainShard, main_shards
 from lightning_moe.checkpoint.shards import LogicalShard
 from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.sharding import ShardSpecs, local_part, sharded_parameters
+from lightning_moe.parallel.main_params import MainParam
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import ShardSpecs, local_part, sharded_parameters, whole_shape
 
 NamedState = dict[str, dict[str, Any]]
 """``{parameter name: {"exp_avg": tensor, "step": tensor, ...}}``."""
 
 
-def name_optimizer_state(optimizer: Optimizer, numbered: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+def name_optimizer_state(
+    optimizer: Optimizer, numbered: Mapping[str, Any], module: nn.Module, mains: Mapping[Tensor, MainParam] = NO_MAINS
+) -> dict[str, Any]:
     """Key a ``state_dict`` of ``optimizer`` by parameter name; groups list names too."""
-    names = _names(optimizer, module)
+    names = _names(optimizer, module, mains)
     state = {names[position]: dict(values) for position, values in numbered["state"].items()}
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in numbered["param_groups"]]
     return {"state": state, "param_groups": groups}
 
 
-def number_optimizer_state(optimizer: Optimizer, named: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+def number_optimizer_state(
+    optimizer: Optimizer, named: Mapping[str, Any], module: nn.Module, mains: Mapping[Tensor, MainParam] = NO_MAINS
+) -> dict[str, Any]:
     """The inverse of :func:`name_optimizer_state`, in the parameter order of ``optimizer``.
 
     Raises:
         ConfigError: The optimizer has other parameter groups than the saved one.
     """
-    names = _names(optimizer, module)
+    names = _names(optimizer, module, mains)
     saved = [sorted(group["params"]) for group in named["param_groups"]]
     position = 0
     groups = []
@@ -59,17 +69,47 @@ def number_optimizer_state(optimizer: Optimizer, named: Mapping[str, Any], modul
     return {"state": state, "param_groups": groups}
 
 
-def mark_sharded(state: NamedState, module: nn.Module) -> NamedState:
-    """Wrap the tensors that are sharded like their parameter for DCP.
+def mark_sharded(
+    state: NamedState,
+    module: nn.Module,
+    mains: Mapping[Tensor, MainParam] = NO_MAINS,
+    mesh: ParallelMesh | None = None,
+) -> NamedState:
+    """Wrap the tensors that are sharded like their parameter, or hold a run of its elements, for DCP.
+
+    Args:
+        state: State of one optimizer.
+        module: Module that the parameters belong to.
+        mains: The main parameters that the optimizer holds in the place of the module's.
+        mesh: The parallel mesh; needed where main parameters are sharded.
 
     Raises:
         ConfigError: A value of a sharded parameter differs between ranks in a way that no file can hold.
     """
+    shards = main_shards(module, mains, mesh)
     parameters = {name: (parameter, specs) for name, parameter, specs in sharded_parameters(module)}
+    shared = _shared_fields(
+        (field, value.numel(), (shards[name].main.main if name in shards else parameters[name][0]).numel())
+        for name, values in state.items()
+        for field, value in values.items()
+        if isinstance(value, Tensor)
+    )
     marked: NamedState = {}
     for name, values in state.items():
         parameter, specs = parameters[name]
-        marked[name] = _mark(name, values, parameter, specs) if specs else dict(values)
+        shard = shards.get(name)
+        if shard is not None and shard.flat is not None:
+            marked[name] = _mark_runs(name, values, shard, shared)
+        else:
+            marked[name] = _mark(name, values, parameter, specs) if specs else dict(values)
+    return marked
+
+
+def _mark_runs(name: str, values: Mapping[str, Any], shard: MainShard, shared: set[str]) -> dict[str, Any]:
+    marked = dict(values)
+    for key, value in values.items():
+        if isinstance(value, Tensor) and _is_element_wise(name, key, value.shape, shard.main.main.shape, shared):
+            marked[key] = shard.wrap(value)
     return marked
 
 
@@ -124,17 +164,43 @@ def unmark_sharded(state: NamedState) -> NamedState:
     }
 
 
-def cut_state(state: NamedState, module: nn.Module) -> NamedState:
-    """This rank's part of a state of whole tensors."""
+def cut_state(state: NamedState, module: nn.Module, mains: Mapping[Tensor, MainParam] = NO_MAINS) -> NamedState:
+    """This rank's part of a state of whole tensors.
+
+    Raises:
+        ConfigError: A main parameter is sharded, and a value of its state is none for each element.
+    """
+    shards = main_shards(module, mains)
+    parameters = sharded_parameters(module)
+    shared = _shared_fields(
+        (field, value.numel(), prod(whole_shape(parameter, specs)))
+        for name, parameter, specs in parameters
+        for field, value in state.get(name, {}).items()
+        if isinstance(value, Tensor)
+    )
     cut: NamedState = {}
-    for name, parameter, specs in sharded_parameters(module):
+    for name, parameter, specs in parameters:
+        shard = shards.get(name)
         for key, value in state.get(name, {}).items():
-            sharded = isinstance(value, Tensor) and value.dim() == parameter.dim()
-            cut.setdefault(name, {})[key] = local_part(value, specs) if sharded else value
+            part = value
+            if not isinstance(value, Tensor):
+                pass
+            elif shard is not None and shard.flat is not None:
+                if _is_element_wise(name, key, value.shape, shard.whole_shape, shared):
+                    part = shard.cut(value)
+            elif value.dim() == parameter.dim():
+                part = local_part(value, specs)
+            cut.setdefault(name, {})[key] = part
     return cut
 
 
-def empty_state(section: str, optimizer: Optimizer, metadata: Metadata, module: nn.Module) -> NamedState:
+def empty_state(
+    section: str,
+    optimizer: Optimizer,
+    metadata: Metadata,
+    module: nn.Module,
+    mains: Mapping[Tensor, MainParam] = NO_MAINS,
+) -> NamedState:
     """Targets for reading every saved value of the parameters that ``optimizer`` holds.
 
     Args:
@@ -142,40 +208,97 @@ def empty_state(section: str, optimizer: Optimizer, metadata: Metadata, module: 
         optimizer: The optimizer to load into; its own state may still be empty.
         metadata: The file's table of contents.
         module: Module that the parameters belong to.
+        mains: The main parameters that the optimizer holds in the place of the module's.
+
+    Raises:
+        ConfigError: A main parameter is sharded, and a value of its saved state is none for each element.
     """
-    own = set(_names(optimizer, module))
+    own = set(_names(optimizer, module, mains))
+    shards = main_shards(module, mains)
     parameters = {name: (parameter, specs) for name, parameter, specs in sharded_parameters(module) if name in own}
+    paths = ((metadata.planner_data[key], entry) for key, entry in metadata.state_dict_metadata.items())
+    entries = {
+        (str(path[2]), str(path[3])): entry
+        for path, entry in paths
+        if tuple(path[:2]) == (section, "state") and path[2] in parameters
+    }
+    shared = _shared_fields(
+        (field, prod(entry.size), prod(whole_shape(*parameters[name])))
+        for (name, field), entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    )
     state: NamedState = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        path = metadata.planner_data[key]
-        if tuple(path[:2]) != (section, "state") or path[2] not in parameters:
-            continue
-        name, field = str(path[2]), str(path[3])
-        parameter, specs = parameters[name]
+    for (name, field), entry in entries.items():
         values = state.setdefault(name, {})
         if not isinstance(entry, TensorStorageMetadata):
             values[field] = None  # DCP puts the object that it reads here
             continue
-        follows = _following(tuple(entry.size), parameter, specs, whole=True)
-        if follows:
-            shape = list(entry.size)
-            for spec in follows:
-                shape[spec.dim] = len(spec.index)
-            empty = torch.empty(shape, dtype=entry.properties.dtype, device=parameter.device)
-            values[field] = LogicalShard.wrap(empty, follows)
+        shard = shards.get(name)
+        if shard is None or shard.flat is None:
+            values[field] = _empty_like_parameter(entry, *parameters[name])
+        elif _is_element_wise(name, field, entry.size, shard.whole_shape, shared):
+            values[field] = shard.empty(entry.properties.dtype)
         else:
             values[field] = torch.empty(entry.size, dtype=entry.properties.dtype)
     return state
 
 
-def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
-    """Name of the parameter at each position of the optimizer.
+def _empty_like_parameter(entry: TensorStorageMetadata, parameter: Tensor, specs: ShardSpecs) -> Tensor:
+    follows = _following(tuple(entry.size), parameter, specs, whole=True)
+    if not follows:
+        return torch.empty(entry.size, dtype=entry.properties.dtype)
+    shape = list(entry.size)
+    for spec in follows:
+        shape[spec.dim] = len(spec.index)
+    return LogicalShard.wrap(torch.empty(shape, dtype=entry.properties.dtype, device=parameter.device), follows)
+
+
+def _is_element_wise(name: str, key: str, shape: torch.Size, elements: Sequence[int], shared: set[str]) -> bool:
+    """Whether a value in the state of a sharded main parameter is one for each element, and not a single one.
+
+    Args:
+        name: Name of the parameter.
+        key: Name of the value.
+        shape: Shape of the value.
+        elements: Shape of the main parameter, or of the whole parameter for a whole value.
+        shared: Names of values that are single ones (see :func:`_shared_fields`).
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if tuple(shape) == tuple(elements) and not (prod(shape) == 1 and key in shared):
+        return True
+    if prod(shape) == 1:
+        return False
+    raise ConfigError(
+        f"optimizer state {key!r} of {name}",
+        tuple(shape),
+        f"one value, or one for each element of {tuple(elements)}",
+        "a sharded optimizer must treat elements separately; use optimizer_sharding=False with this one",
+    )
+
+
+def _shared_fields(sizes: Iterable[tuple[str, int, int]]) -> set[str]:
+    """Names of the values of which a parameter has one, however many elements it has.
+
+    A shape does not tell for a parameter of one element. The parameters of other sizes do; without any, it is ``step``,
+    which ``Optimizer.load_state_dict`` treats apart as well.
+
+    Args:
+        sizes: Name, number of elements of the value, and number of elements of the parameter, for each value.
+    """
+    return {"step", *(key for key, value, parameter in sizes if value == 1 != parameter)}
+
+
+def _names(optimizer: Optimizer, module: nn.Module, mains: Mapping[Tensor, MainParam]) -> list[str]:
+    """Name of the module's parameter at each position of the optimizer.
 
     Raises:
         ConfigError: A parameter is not the module's.
     """
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [mains[parameter].parameter if parameter in mains else parameter for parameter in held]
     for parameter in parameters:
         if parameter not in names:
             raise ConfigError(

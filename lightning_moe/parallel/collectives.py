@@ -93,9 +93,27 @@ def start_reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> PendingTen
     return PendingTensor(out, _reduce_scatter_single(out, tensor.contiguous(), group=group, async_op=True))
 
 
+def start_all_gather_(flat: Tensor, group: dist.ProcessGroup) -> PendingTensor:
+    """Begin to fill a contiguous tensor of which each rank has its own slice along dim 0, in place; has no gradient."""
+    return PendingTensor(flat, _all_gather_single(flat, _own_slice(flat, group), group=group, async_op=True))
+
+
+def start_reduce_scatter_(flat: Tensor, group: dist.ProcessGroup) -> PendingTensor:
+    """Begin to sum over the ranks, into a rank's own slice along dim 0 of a contiguous tensor; has no gradient.
+
+    The other slices are undefined afterwards. The result is the own slice.
+    """
+    own = _own_slice(flat, group)
+    return PendingTensor(own, _reduce_scatter_single(own, flat, group=group, async_op=True))
+
+
 def start_all_reduce_(tensor: Tensor, group: dist.ProcessGroup) -> PendingTensor:
     """Begin to sum a contiguous tensor over the ranks, in place; has no gradient."""
     return PendingTensor(tensor, dist.all_reduce(tensor, group=group, async_op=True))
+
+
+def _own_slice(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return flat.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
 
 
 # [Note: copies and parts]

@@ -7,15 +7,21 @@ are divided by the size of ``data_context``, because the loss is a mean over tho
 holds the sum over the ranks that sent it tokens, so dividing it by the number of its replicas would make it ``expert``
 times too large (see ``docs/concepts/expert-parallelism.md``).
 
-Behind a bucket's gradients stands one flag per parameter, "this rank used it". The flags travel with the same
-all-reduce, so that a parameter which no rank used keeps ``grad=None``, as in a single process: a zero gradient would
-let AdamW decay its weights.
+Every parameter has a flag, "this rank used it". The flags are summed like the gradients, so that a parameter which no
+rank used keeps ``grad=None``, as in a single process: a zero gradient would let AdamW decay its weights. They lie
+behind the gradients and travel with them, unless these are scattered. Sharded or not, a bucket has the same length,
+because backends choose the order of their sums by it.
 
 [Note: who owns ``parameter.grad``]
-Lightning, optimizers and users may set ``parameter.grad`` to None at any time (``zero_grad``), and that is the only
-signal that accumulation starts over. For parameters whose dtype is the bucket's, ``grad`` is a view of the bucket, so
-autograd accumulates in place. A low-precision parameter's ``grad`` is a copy: it is set aside before each backward, new
+Lightning, optimizers and users may set a gradient to None at any time (``zero_grad``), and that is the only signal that
+accumulation starts over. For parameters whose dtype is the bucket's, ``grad`` is a view of the bucket, so autograd
+accumulates in place. A low-precision parameter's ``grad`` is a copy: it is set aside before each backward, new
 contributions are added to the float32 bucket, and a fresh copy is handed out at the end.
+
+Where the optimizer steps a main parameter, the gradient is in one place: in ``parameter.grad`` while it is this rank's
+own, and in the main parameter's once it is reduced. The other one holds NaN, of one element that is expanded to the
+shape. So ``zero_grad`` is noticed on either of them, code that reads the wrong one sees NaN rather than a part of a
+gradient, and code that writes to it fails: torch refuses to write to expanded tensors.
 
 [Note: two ways into a bucket]
 Layers that describe their weight gradients (see :mod:`lightning_moe.weight_grad`) write them into the bucket without
@@ -28,63 +34,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.buckets import Bucket, Slot, dense_stride, elements
+from lightning_moe.parallel.collectives import start_all_gather, start_all_reduce_, start_reduce_scatter_
+from lightning_moe.parallel.flat import FlatLayout
 from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.main_params import MainParams, gathered_in_forward
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import partial_grads, replica_axis_of, sharded_parameters
+from lightning_moe.parallel.sharding import (
+    ShardSpecs,
+    partial_grads,
+    replica_axis_of,
+    shard_axis_of,
+    sharded_parameters,
+)
 from lightning_moe.weight_grad.sink import WeightGrad, attach_sink, detach_sink
 
-
-@dataclass(eq=False)
-class _Slot:
-    """One parameter's place in its bucket."""
-
-    name: str
-    parameter: nn.Parameter
-    view: Tensor
-    node: torch.autograd.graph.Node
-    """Autograd's node that accumulates the gradient; its hooks live as long as it is referred to."""
-    fresh: bool = True
-    """Whether the next contribution replaces what the bucket holds."""
-    used: bool = False
-    """Whether this rank has contributed since accumulation started."""
-    arrived: bool = False
-    """Whether this backward pass has reached the parameter."""
-    copy: Tensor | None = None
-    """The low-precision gradient that was handed out, with its version at that time."""
-    copy_version: int = 0
-
-
-@dataclass(eq=False)
-class _Bucket:
-    """A flat buffer ``[gradients | one flag per parameter]`` with the group it is reduced over."""
-
-    buffer: Tensor
-    flags: Tensor
-    slots: list[_Slot]
-    group: dist.ProcessGroup | None
-    scale: float
-    """What the sum over the group is multiplied by to give the mean over ``data_context``."""
-    undo: float
-    """What a reduced bucket is multiplied by so that reducing it again leaves it as it is."""
-    missing: int = 0
-    issued: bool = False
-    reduced: bool = False
-    work: dist.Work | None = field(default=None)
+_Kind = tuple[Axis, torch.dtype, torch.device, bool, bool]
+"""What parameters of one bucket have in common: axis of their replicas, dtype, device, whether an optimizer holds them,
+whether they are read in forward only. Not whether they are sharded: the order of sums follows the buckets."""
+_Member = tuple[str, nn.Parameter, ShardSpecs]
 
 
 class _Sink:
     """Takes a parameter's weight gradients into its slot while a backward pass of the strategy is under way."""
 
-    def __init__(self, reducer: GradientReducer, slot: _Slot, bucket: _Bucket) -> None:
+    def __init__(self, reducer: GradientReducer, slot: Slot, bucket: Bucket) -> None:
         self._reducer, self._slot, self._bucket = reducer, slot, bucket
 
     def take(self, grad: WeightGrad) -> bool:
@@ -92,6 +73,8 @@ class _Sink:
         # With create_graph=True the gradient itself is to be differentiated.
         if not self._reducer.armed or torch.is_grad_enabled() or _has_hooks(slot.parameter):
             return False
+        if _is_toggled_off(slot):
+            return True
         _check_open(slot, self._bucket)
         grad.add_to(slot.view, accumulate=not slot.fresh)
         slot.fresh, slot.used = False, True
@@ -110,18 +93,31 @@ class GradientReducer:
         module: Module whose trainable parameters are reduced; sharded ones carry a ShardSpec.
         mesh: The parallel mesh.
         bucket_bytes: Size at which a bucket is closed. Small buckets start early, large ones use the links better.
+        mains: The main parameters; those of new buckets are made on the way.
+        shard: Whether optimizers step shards: where they hold a parameter with replicas, its gradient is
+            reduce-scattered, and each rank's part handed to the main parameter.
     """
 
-    def __init__(self, module: nn.Module, mesh: ParallelMesh, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: ParallelMesh,
+        bucket_bytes: int,
+        mains: MainParams | None = None,
+        *,
+        shard: bool = False,
+    ) -> None:
         self._module = module
         self._mesh = mesh
         self._bucket_bytes = bucket_bytes
+        self._mains = mains or MainParams()
+        self._shard = shard
         self._sync = True
         self._armed = False
         self._next = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._buckets: list[_Bucket] = []
-        self._slots: dict[nn.Parameter, _Slot] = {}
+        self._buckets: list[Bucket] = []
+        self._places: dict[Tensor, tuple[Slot, Bucket]] = {}
         self._build()
 
     @property
@@ -141,16 +137,14 @@ class GradientReducer:
     @torch.no_grad()
     def arm(self) -> None:
         """Prepare for a backward pass; call :meth:`finish` at its end."""
-        if any(p.requires_grad and p not in self._slots for p in self._module.parameters()):
+        if any(p.requires_grad and p not in self._places for p in self._module.parameters()):
             self._build()  # parameters have been unfrozen
         for bucket in self._buckets:
-            if bucket.work is not None:  # left by a backward pass that ended in an exception
-                bucket.work.wait()
-                bucket.work = None
+            bucket.wait()  # for what a backward pass has left that ended in an exception
             for slot in bucket.slots:
-                self._take_grad(slot)
+                self._take_grad(slot, bucket)
             if bucket.reduced and not all(slot.fresh for slot in bucket.slots):
-                bucket.buffer.mul_(bucket.undo)
+                _undo_reduction(bucket)
             bucket.reduced = bucket.issued = False
             bucket.missing = len(bucket.slots)
         self._next = 0
@@ -164,85 +158,163 @@ class GradientReducer:
         self._armed = False
         if self._sync:
             for bucket in self._buckets[self._next :]:
-                self._reduce(bucket)
+                _reduce(bucket)
         for bucket in self._buckets:
             self._hand_out(bucket)
+
+    def own_grad(self, parameter: Tensor) -> tuple[Tensor, int] | None:
+        """The elements of a reduced gradient that this rank answers for, so that every element is counted once.
+
+        Args:
+            parameter: A parameter that an optimizer holds: the model's, or a main parameter.
+
+        Returns:
+            The elements ``[n]`` that lie in this rank's shard, sharded optimizer or not, and how many ranks of the
+            pipeline stage answer for the same ones; None if there is no gradient.
+        """
+        if parameter.grad is None or parameter not in self._places:
+            return None
+        slot, bucket = self._places[parameter]
+        if slot.main is not None and bucket.sharded:
+            return parameter.grad, slot.copies
+        return elements(parameter.grad, slot.parameter)[slot.run.start : slot.run.stop], slot.copies
+
+    @torch.no_grad()
+    def full_grad(self, parameter: nn.Parameter) -> Tensor | None:
+        """The reduced gradient of one of the model's parameters, wherever it is kept.
+
+        A collective call on the ranks that hold the parameter, all of which must ask for the same one.
+
+        Returns:
+            A tensor in the (local) shape of the parameter, of at least float32; None if there is no gradient.
+        """
+        if parameter not in self._places:
+            return parameter.grad
+        slot, bucket = self._places[parameter]
+        if slot.main is None:
+            return parameter.grad
+        if slot.main.grad is None or parameter.grad is None:
+            return None
+        if not bucket.sharded or not bucket.reduced:
+            return slot.main.grad if bucket.reduced else slot.view
+        assert bucket.group is not None
+        whole = start_all_gather(bucket.shard, bucket.group).wait()
+        start = slot.view.storage_offset() - bucket.grads.storage_offset()
+        return whole.as_strided(slot.view.shape, slot.view.stride(), start).clone()
 
     def close(self) -> None:
         """Detach from the parameters; their gradients stay as they are."""
         for handle in self._handles:
             handle.remove()
-        for parameter in self._slots:
-            detach_sink(parameter)
-        self._handles, self._buckets, self._slots = [], [], {}
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                detach_sink(slot.parameter)
+                if slot.elsewhere is not None and slot.parameter.grad is slot.elsewhere[0]:
+                    slot.parameter.grad = None
+        self._handles, self._buckets, self._places = [], [], {}
 
     def _build(self) -> None:
         """Add buckets for trainable parameters that have none; a parameter keeps its bucket when it is frozen."""
-        open_buckets: dict[tuple[Axis, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+        open_buckets: dict[_Kind, list[_Member]] = {}
         closed = []
-        partial_params = partial_grads(self._module)
+        partial_params, held = partial_grads(self._module), self._mains.held()
+        in_forward = gathered_in_forward(self._module)
         # Backward reaches the last layers first, so buckets filled in reverse order complete in the order of creation.
         for name, parameter, specs in reversed(sharded_parameters(self._module)):
-            if not parameter.requires_grad or parameter in self._slots:
+            if not parameter.requires_grad or parameter in self._places:
                 continue
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
             axis = replica_axis_of(specs, partial_grad=parameter in partial_params)
-            key = (axis, dtype, parameter.device)
-            members = open_buckets.setdefault(key, [])
-            members.append((name, parameter))
-            if sum(p.numel() for _, p in members) * dtype.itemsize >= self._bucket_bytes:
-                closed.append((key, open_buckets.pop(key)))
-        for key, members in [*closed, *open_buckets.items()]:
-            bucket = self._allocate(*key, members)
+            kind = (axis, parameter.dtype, parameter.device, parameter in held, parameter in in_forward)
+            members = open_buckets.setdefault(kind, [])
+            members.append((name, parameter, specs))
+            itemsize = _main_dtype(parameter.dtype).itemsize
+            if sum(p.numel() for _, p, _ in members) * itemsize >= self._bucket_bytes:
+                closed.append((kind, open_buckets.pop(kind)))
+        for kind, members in [*closed, *open_buckets.items()]:
+            bucket = self._allocate(*kind[:-1], members)
+            self._mains.adopt(bucket)
             self._buckets.append(bucket)
             for slot in bucket.slots:
-                self._slots[slot.parameter] = slot
+                self._places[slot.parameter] = slot, bucket
+                if slot.main is not None:
+                    self._places[slot.main] = slot, bucket
                 attach_sink(slot.parameter, _Sink(self, slot, bucket))
                 on_grad, on_complete = partial(self._on_grad, slot, bucket), partial(self._on_complete, slot, bucket)
                 self._handles.append(slot.parameter.register_post_accumulate_grad_hook(on_grad))
                 self._handles.append(slot.node.register_hook(on_complete))
 
     def _allocate(
-        self, axis: Axis, dtype: torch.dtype, device: torch.device, members: list[tuple[str, nn.Parameter]]
-    ) -> _Bucket:
-        elements = sum(parameter.numel() for _, parameter in members)
-        buffer = torch.zeros(elements + len(members), dtype=dtype, device=device)
-        views = buffer[:elements].split([parameter.numel() for _, parameter in members])
+        self, axis: Axis, dtype: torch.dtype, device: torch.device, held: bool, members: list[_Member]
+    ) -> Bucket:
+        mesh = self._mesh
+        replicas, data_ranks = mesh.size(axis), mesh.size(Axis.DATA_CONTEXT)
+        sharded = self._shard and held and replicas > 1
+        layout = FlatLayout((*(parameter.numel() for _, parameter, _ in members), len(members)), replicas)
+        grads = torch.zeros(layout.total, dtype=_main_dtype(dtype), device=device)
+        *offsets, behind = layout.offsets
+        flags = grads[behind : behind + len(members)]
         slots = [
-            _Slot(
+            Slot(
                 name,
                 parameter,
-                view.as_strided(parameter.shape, _dense_stride(parameter)),
+                grads.as_strided(parameter.shape, dense_stride(parameter), offset),
+                layout.run(i, mesh.rank(axis)),
+                mesh.size(Axis.DATA_CONTEXT_TENSOR) // (replicas * _parts(specs, mesh)),
                 torch.autograd.graph.get_gradient_edge(parameter).node,
             )
-            for (name, parameter), view in zip(members, views, strict=True)
+            for i, ((name, parameter, specs), offset) in enumerate(zip(members, offsets, strict=True))
         ]
-        replicas, data_ranks = self._mesh.size(axis), self._mesh.size(Axis.DATA_CONTEXT)
-        group = self._mesh.group(axis) if replicas > 1 else None
-        return _Bucket(buffer, buffer[elements:], slots, group, 1 / data_ranks, data_ranks / replicas)
+        return Bucket(
+            layout,
+            grads,
+            flags.clone() if sharded else flags,
+            slots,
+            mesh.active_group(axis),
+            mesh.rank(axis),
+            scale=1 / data_ranks,
+            sharded=sharded,
+        )
 
-    def _take_grad(self, slot: _Slot) -> None:
-        """Bring the bucket in line with ``parameter.grad`` before backward adds to it."""
-        grad = slot.parameter.grad
+    def _take_grad(self, slot: Slot, bucket: Bucket) -> None:
+        """Bring the bucket in line with the gradients that were handed out before backward adds to it."""
+        parameter, main = slot.parameter, slot.main
+        grad = parameter.grad
         slot.arrived = False
-        slot.fresh = grad is None
-        slot.used = grad is not None
+        slot.fresh = grad is None or (main is not None and main.grad is None)
+        slot.used = not slot.fresh
+        if main is not None:
+            assert slot.elsewhere is not None
+            if grad is not None and grad is not slot.elsewhere[0] and (slot.hidden or bucket.reduced):
+                _refuse_replaced_grad(slot)
+            if bucket.reduced and not slot.fresh and main.grad is not slot.main_grad:
+                assert main.grad is not None
+                assert slot.main_grad is not None
+                slot.main_grad.copy_(main.grad)
+            main.grad = None
+            if slot.hidden or slot.fresh or _is_toggled_off(slot):
+                parameter.grad = None
+                return
+            if bucket.reduced:
+                grad = parameter.grad = slot.view
         if grad is None:
             return
         if grad.dtype != slot.view.dtype:
             if grad is not slot.copy or grad._version != slot.copy_version:
                 slot.view.copy_(grad)  # somebody has changed it, e.g. zero_grad(set_to_none=False)
-            slot.parameter.grad = slot.copy = None
+            parameter.grad = slot.copy = None
         elif grad is not slot.view:
             slot.view.copy_(grad)
-            slot.parameter.grad = slot.view
+            parameter.grad = slot.view
 
     @torch.no_grad()  # with create_graph=True hooks run in grad mode
-    def _on_grad(self, slot: _Slot, bucket: _Bucket, parameter: Tensor) -> None:
+    def _on_grad(self, slot: Slot, bucket: Bucket, parameter: Tensor) -> None:
         """Bring what autograd has accumulated into the bucket."""
         grad = parameter.grad
         if not self._armed or grad is None:
             return  # a backward that Lightning does not run, e.g. inside a gradient penalty; or all went to the sink
+        if _is_toggled_off(slot):
+            parameter.grad = None
+            return
         _check_open(slot, bucket)
         if grad.is_sparse:
             raise ConfigError(
@@ -260,7 +332,7 @@ class GradientReducer:
         slot.fresh, slot.used = False, True
 
     @torch.no_grad()
-    def _on_complete(self, slot: _Slot, bucket: _Bucket, *_: object) -> None:
+    def _on_complete(self, slot: Slot, bucket: Bucket, *_: object) -> None:
         """Count the parameter as complete, and reduce its bucket if it was the last one."""
         if not self._armed or slot.arrived:
             return
@@ -269,39 +341,74 @@ class GradientReducer:
         # Buckets go strictly in order: ranks may reach parameters in different orders, and collectives that are
         # issued in different orders deadlock.
         while self._sync and self._next < len(self._buckets) and not self._buckets[self._next].missing:
-            self._reduce(self._buckets[self._next])
+            _reduce(self._buckets[self._next])
             self._next += 1
 
-    def _reduce(self, bucket: _Bucket) -> None:
-        bucket.issued = True
-        for slot in bucket.slots:
-            if slot.fresh:
-                slot.view.zero_()
-        if all(slot.used for slot in bucket.slots):
-            bucket.flags.fill_(1.0)
-        else:
-            bucket.flags.copy_(torch.tensor([float(slot.used) for slot in bucket.slots]))
-        if bucket.group is not None:
-            bucket.work = dist.all_reduce(bucket.buffer, group=bucket.group, async_op=True)
-
-    def _hand_out(self, bucket: _Bucket) -> None:
+    def _hand_out(self, bucket: Bucket) -> None:
         if self._sync:
-            if bucket.work is not None:
-                bucket.work.wait()
-                bucket.work = None
-            bucket.buffer.mul_(bucket.scale)
+            bucket.wait()
+            (bucket.shard if bucket.sharded else bucket.grads).mul_(bucket.scale)
             bucket.reduced = True
             if not all(slot.used for slot in bucket.slots):  # reading the flags waits for the device: only if needed
                 for slot, flag in zip(bucket.slots, bucket.flags.tolist(), strict=True):
                     slot.used = abs(flag) > 0  # a complex bucket has complex flags
         for slot in bucket.slots:
+            parameter, main = slot.parameter, slot.main
+            if main is not None:
+                assert slot.elsewhere is not None
+                here, there = slot.elsewhere
+                main.grad = None if not slot.used else slot.main_grad if bucket.reduced else there
+                if slot.used and (bucket.reduced or slot.hidden):
+                    parameter.grad = here
+                    continue
             if not slot.used:
-                slot.parameter.grad = None
-            elif slot.parameter.dtype == slot.view.dtype:
-                slot.parameter.grad = slot.view
+                parameter.grad = None
+            elif parameter.dtype == slot.view.dtype:
+                parameter.grad = slot.view
             else:
-                slot.parameter.grad = slot.copy = slot.view.to(slot.parameter.dtype)
+                parameter.grad = slot.copy = slot.view.to(parameter.dtype)
                 slot.copy_version = slot.copy._version
+
+
+def _reduce(bucket: Bucket) -> None:
+    bucket.issued = True
+    for slot in bucket.slots:
+        if slot.fresh:
+            slot.view.zero_()
+    if all(slot.used for slot in bucket.slots):
+        bucket.flags.fill_(1.0)
+    else:
+        bucket.flags.copy_(torch.tensor([float(slot.used) for slot in bucket.slots]))
+    if bucket.group is None:
+        return
+    if bucket.sharded:
+        bucket.works.append(start_reduce_scatter_(bucket.grads, bucket.group).work)
+        bucket.works.append(start_all_reduce_(bucket.flags, bucket.group).work)
+    else:
+        bucket.works.append(start_all_reduce_(bucket.grads, bucket.group).work)
+
+
+def _undo_reduction(bucket: Bucket) -> None:
+    """Leave a reduced gradient to one rank, so that reducing it again, with what is added to it, counts it once."""
+    shard = bucket.layout.shard(bucket.rank)
+    bucket.grads[: shard.start].zero_()
+    bucket.grads[shard.stop :].zero_()
+    bucket.shard.div_(bucket.scale)
+
+
+def _parts(specs: ShardSpecs, mesh: ParallelMesh) -> int:
+    """Number of ranks that hold the whole parameter between them."""
+    axis = shard_axis_of(specs)
+    return 1 if axis is None else mesh.size(axis)
+
+
+def _main_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _is_toggled_off(slot: Slot) -> bool:
+    """Whether ``LightningModule.toggle_optimizer`` has frozen the parameter: it sees main parameters only."""
+    return slot.main is not None and not slot.main.requires_grad
 
 
 def _has_hooks(parameter: nn.Parameter) -> bool:
@@ -310,7 +417,7 @@ def _has_hooks(parameter: nn.Parameter) -> bool:
     return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks) > ours
 
 
-def _check_open(slot: _Slot, bucket: _Bucket) -> None:
+def _check_open(slot: Slot, bucket: Bucket) -> None:
     if bucket.issued:
         # Re-entrant checkpoints run backward passes of their own, so a weight that several of them share arrives
         # once for each; what arrives after the reduction has begun would be lost on some ranks.
@@ -322,9 +429,11 @@ def _check_open(slot: _Slot, bucket: _Bucket) -> None:
         )
 
 
-def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
-    """The strides that autograd gives the parameter's gradient.
-
-    Fused optimizers walk through parameter and gradient in memory order, and some do not check that both have the same.
-    """
-    return torch.empty_like(parameter, device="meta", memory_format=torch.preserve_format).stride()
+def _refuse_replaced_grad(slot: Slot) -> None:
+    raise ConfigError(
+        f"parameter {slot.name}",
+        "a gradient set by hand",
+        "gradients of the optimizer's own parameters",
+        "the optimizer steps main parameters: change the gradients in optimizer.param_groups, or use "
+        "MoEStrategy(optimizer_sharding=False)",
+    )

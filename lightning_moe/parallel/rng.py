@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import index
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,9 @@ _STREAMS: Mapping[str, tuple[Axis, ...]] = {
     "replicated": (Axis.PIPELINE, Axis.DATA, Axis.CONTEXT),
     "sharded": (Axis.PIPELINE, Axis.DATA, Axis.CONTEXT, Axis.TENSOR),
 }
+
+_NUMPY_DEFAULT = "MT19937"
+"""The only kind of NumPy's global generator that is captured; ``numpy.random.set_bit_generator`` can replace it."""
 
 
 def fold_seed(seed: SupportsIndex, *parts: str | SupportsIndex) -> int:
@@ -113,6 +118,58 @@ class AxisRng:
         if state.keys() != self._states.keys():
             raise ConfigError("rng.state_dict", sorted(state), "the streams " + ", ".join(self._states))
         self._states = _copy(state)
+
+
+def capture_generators(device: torch.device | None = None) -> dict[str, Any]:
+    """States of this process' default generators: Python's ``random``, NumPy's legacy one, and torch's.
+
+    Args:
+        device: A CUDA device whose generator is wanted too, beside that of the CPU.
+
+    Returns:
+        Copies, as plain values that ``torch.load(weights_only=True)`` reads.
+    """
+    version, words, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "python": {"version": version, "words": torch.from_numpy(np.array(words)), "gauss": gauss},
+        "cpu": torch.get_rng_state(),
+    }
+    legacy: Any = np.random.get_state(legacy=False)
+    if legacy["bit_generator"] == _NUMPY_DEFAULT:
+        states["numpy"] = {
+            "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
+            "pos": int(legacy["state"]["pos"]),
+            "has_gauss": int(legacy["has_gauss"]),
+            "gauss": float(legacy["gauss"]),
+        }
+    # Asking an unused CUDA for its state would create a context.
+    if device is not None and device.type == "cuda" and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_generators(states: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Continue where :func:`capture_generators` was called; generators without a state there are left alone.
+
+    Args:
+        states: What it returned.
+        device: The CUDA device whose generator is meant.
+    """
+    python = states["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    torch.set_rng_state(states["cpu"].cpu())
+    if "numpy" in states and np.random.get_state(legacy=False)["bit_generator"] == _NUMPY_DEFAULT:
+        legacy = states["numpy"]
+        np.random.set_state(
+            {
+                "bit_generator": _NUMPY_DEFAULT,
+                "state": {"key": legacy["key"].numpy().astype(np.uint32), "pos": legacy["pos"]},
+                "has_gauss": legacy["has_gauss"],
+                "gauss": legacy["gauss"],
+            }
+        )
+    if "cuda" in states and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
 def _initial_state(seed: int, device_type: str) -> Tensor:

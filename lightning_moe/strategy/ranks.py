@@ -19,6 +19,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -29,8 +30,12 @@ from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis, axis_size, coordinate
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
+from lightning_moe.strategy.meeting import meet
 
 StartMethod = Literal["popen", "spawn", "fork"]
+
+_PATIENCE = timedelta(seconds=10)
+"""How long a rank that has had an exception waits for the others to have one as well."""
 
 
 class MeshStrategy(ParallelStrategy):
@@ -79,6 +84,7 @@ class MeshStrategy(ParallelStrategy):
         self._process_group_backend = process_group_backend
         self._timeout = timedelta(seconds=timeout_seconds)
         self._mesh: ParallelMesh | None = None
+        self._together: bool | None = None
 
     @property
     def mesh(self) -> ParallelMesh:
@@ -150,10 +156,26 @@ class MeshStrategy(ParallelStrategy):
         )
         if self._mesh is None or self._mesh.group(Axis.WORLD) is not dist.group.WORLD:
             self._mesh = ParallelMesh.build(self.parallel, self._timeout)
+        self._together = None
+
+    def ranks_are_together(self) -> bool:
+        """Whether collective calls find their partners.
+
+        After an exception only if every rank has stopped at the same step. What Lightning and its callbacks do then
+        (save a checkpoint, ask whether a file exists) is collective, and would hang for the rank that is alone.
+        """
+        trainer = None if self.lightning_module is None else self.lightning_module._trainer
+        if trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED:
+            return True
+        if self._together is None:
+            world_size = dist.get_world_size() if _distributed_is_initialized() else 1
+            place = f"{trainer.state.fn}/{trainer.global_step}"
+            self._together = world_size == 1 or meet(place, dist.get_rank(), world_size, _PATIENCE)
+        return self._together
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if not _distributed_is_initialized():
+        if not _distributed_is_initialized() or not self.ranks_are_together():
             return
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
@@ -162,7 +184,7 @@ class MeshStrategy(ParallelStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not _distributed_is_initialized():
+        if not _distributed_is_initialized() or not self.ranks_are_together():
             return obj
         box = [obj]
         dist.broadcast_object_list(box, src)
@@ -170,7 +192,7 @@ class MeshStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and self.ranks_are_together():
             averages = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
             if averages and not (tensor.is_floating_point() or tensor.is_complex()):
                 # Lightning divides in place and so drops the fraction; it averages its integer sample counts, which

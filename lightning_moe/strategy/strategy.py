@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moe.checkpoint.sharded import is_sharded_checkpoint, load_sharded, localize, save_sharded
+from lightning_moe.checkpoint import contents
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.layer import MoELayer
@@ -30,15 +30,16 @@ from lightning_moe.moe.router import TopKRouter
 from lightning_moe.parallel.grad_norm import global_grad_norm
 from lightning_moe.parallel.gradients import GradientReducer
 from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.main_params import MainParams
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.rng import AxisRng, fold_seed
-from lightning_moe.parallel.sharding import shard_axis_of, sharded_parameters
 from lightning_moe.parallel.state import (
     broadcast_buffers,
     broadcast_replicas,
     gather_full_state_dict,
     load_full_state_dict,
 )
+from lightning_moe.strategy.checkpoints import RunCheckpoints, local_path
 from lightning_moe.strategy.checks import (
     check_axes,
     check_callbacks,
@@ -48,8 +49,10 @@ from lightning_moe.strategy.checks import (
     check_shards,
     check_training_lengths,
 )
+from lightning_moe.strategy.elementwise import check_elementwise
 from lightning_moe.strategy.evaluation import finishes_dataloader
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
+from lightning_moe.strategy.overlap import forward_alone_reads_weights
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
 from lightning_moe.strategy.sizes import report_sizes
@@ -73,6 +76,10 @@ class MoEStrategy(MeshStrategy):
         process_group_backend: ``"nccl"``, ``"gloo"``, ...; by default the one for the device.
         timeout_seconds: Seconds after which a collective gives up.
         bucket_megabytes: Size of a gradient bucket in MiB.
+        optimizer_sharding: Whether optimizers step shards of the parameters (ZeRO stage 1): ranks that hold the same
+            parameters divide the optimizer's state and work among themselves. The optimizer must treat every element by
+            itself; False keeps whole parameters, for those that do not, such as Muon.
+        async_checkpoint: Whether training goes on while checkpoints are written from a copy in host memory.
         accelerator: Set by the Trainer.
         parallel_devices: Set by the Trainer.
         cluster_environment: Set by the Trainer.
@@ -90,6 +97,8 @@ class MoEStrategy(MeshStrategy):
         process_group_backend: str | None = None,
         timeout_seconds: float = 1800.0,
         bucket_megabytes: float = 25.0,
+        optimizer_sharding: bool = True,
+        async_checkpoint: bool = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -111,7 +120,11 @@ class MoEStrategy(MeshStrategy):
         if bucket_megabytes <= 0:
             raise ConfigError("bucket_megabytes", bucket_megabytes, "a positive number of MiB", "25 suits most links")
         self._bucket_bytes = int(bucket_megabytes * 2**20)
+        self._optimizer_sharding = optimizer_sharding
+        self._async_checkpoint = async_checkpoint
         self._reducer: GradientReducer | None = None
+        self._mains = MainParams()
+        self._checkpoints = RunCheckpoints()
         self._rng: AxisRng | None = None
         self._batch_checked = False
         self._trained_weights: dict[str, Any] = {}
@@ -120,9 +133,13 @@ class MoEStrategy(MeshStrategy):
 
     @override
     def setup_environment(self) -> None:
+        mesh_before = self._mesh
         super().setup_environment()
         assert self.lightning_module is not None
         check_callbacks(self.lightning_module.trainer, self.mesh)
+        if self.mesh is not mesh_before:
+            group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="checkpoint")
+            self._checkpoints = RunCheckpoints(group, background=self._async_checkpoint)
         for layer in self._moe_layers():  # before callbacks copy the module: weight averaging keeps this rank's experts
             layer.shard_(self.mesh)
 
@@ -144,8 +161,17 @@ class MoEStrategy(MeshStrategy):
             check_shards(trainer.lightning_module, self.mesh)
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
-            check_optimizers(self._plain_optimizers(), trainer.lightning_module)
-            self._reducer = GradientReducer(self.model, self.mesh, self._bucket_bytes)
+            optimizers = self._plain_optimizers()
+            check_optimizers(optimizers, trainer.lightning_module)
+            self._mains = MainParams(optimizers)
+            self._reducer = GradientReducer(
+                self.model, self.mesh, self._bucket_bytes, self._mains, shard=self._optimizer_sharding
+            )
+            for optimizer in optimizers:
+                if self._mains.shards(optimizer):
+                    check_elementwise(optimizer, self._mains.by_main)
+            if forward_alone_reads_weights(trainer):
+                self._mains.overlap_with(trainer.lightning_module)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -182,6 +208,7 @@ class MoEStrategy(MeshStrategy):
         reducer = self._reducer
         if reducer is None or not closure_loss.requires_grad:
             return
+        self._mains.wait()
         reducer.arm()
 
         def finish_with_this_backward(_: Tensor) -> None:
@@ -212,18 +239,30 @@ class MoEStrategy(MeshStrategy):
         for module in self.lightning_module.modules():
             if isinstance(module, TopKRouter):
                 module.update_expert_bias(self.mesh.active_group(Axis.DATA_CONTEXT_TENSOR))
+        if self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._mains.wait()  # hooks at the end of an epoch may read weights
         return output
 
+    def full_grad(self, parameter: torch.nn.Parameter) -> Tensor | None:
+        """The reduced gradient of a parameter of the model, which a sharded optimizer keeps in parts.
+
+        A collective call: all ranks must ask for the same parameters. Between backward and ``zero_grad`` only, e.g. in
+        ``on_before_optimizer_step``.
+
+        Returns:
+            A tensor in the (local) shape of the parameter, of at least float32 where a main parameter is stepped; None
+            if there is no gradient.
+        """
+        return parameter.grad if self._reducer is None else self._reducer.full_grad(parameter)
+
     def _clip_by_global_norm(self, parameters: list[Tensor], max_norm: float) -> None:
-        assert self.lightning_module is not None
-        axis_of: dict[Tensor, Axis | None] = {
-            parameter: shard_axis_of(specs) for _, parameter, specs in sharded_parameters(self.lightning_module)
-        }
-        grads = [(p.grad, axis_of.get(p)) for p in parameters if p.grad is not None]
-        norm = global_grad_norm(grads, self.mesh, self.root_device)
+        assert self._reducer is not None
+        own = [grad for parameter in parameters if (grad := self._reducer.own_grad(parameter)) is not None]
+        norm = global_grad_norm(own, self.mesh, self.root_device)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for grad, _ in grads:
-            grad.mul_(factor)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     @override
     def on_train_start(self) -> None:
@@ -234,6 +273,7 @@ class MoEStrategy(MeshStrategy):
         seed = fold_seed(self.broadcast(torch.initial_seed()), trainer.global_step)
         self._rng = AxisRng(self.mesh, seed)
         self._batch_checked = False
+        self._mains.refresh()  # hooks may have written weights since the optimizer was made
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,6 +283,7 @@ class MoEStrategy(MeshStrategy):
             self._batch_checked = True
         # Ranks are seeded alike, so that they build equal models; drawing dropout masks from these generators would
         # drop the same units of different samples on all of them.
+        self._mains.wait(marked=False)
         with self._rng.fork("replicated"):
             return super().training_step(*args, **kwargs)
 
@@ -289,6 +330,18 @@ class MoEStrategy(MeshStrategy):
         return True  # loading needs this rank's ShardSpecs
 
     @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._mains.wait()
+        return super().lightning_module_state_dict()
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        assert self.lightning_module is not None
+        self._mains.load(checkpoint.get(contents.MAIN_WEIGHTS, {}), self.lightning_module)
+        self._mains.refresh()
+
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
@@ -296,31 +349,48 @@ class MoEStrategy(MeshStrategy):
             raise ConfigError(
                 "storage_options", storage_options, "None", "sharded checkpoints do not use a CheckpointIO"
             )
+        if not self.ranks_are_together():
+            rank_zero_warn(f"{filepath} is not saved: not all ranks have stopped at this step.", stacklevel=2)
+            return
         assert self.lightning_module is not None
-        path = _local_path(self.broadcast(filepath))
-        if path.is_file():
-            raise ConfigError("filepath", str(path), "a new path or a checkpoint directory", "a file is in the way")
+        path = local_path(self.broadcast(filepath))
         if self._mesh is not None:  # there is none in the main process of spawn
             broadcast_buffers(self.lightning_module, self._mesh)  # the checkpoint's tensors share the module's memory
-        save_sharded(path, checkpoint, self.lightning_module, self._plain_optimizers(), writes_meta=self.is_global_zero)
-        self.barrier()  # nobody may read or report the checkpoint before meta.pt is there
+        state, meta = contents.pack(
+            checkpoint, self.lightning_module, self._plain_optimizers(), self._mains.by_main, self._mesh
+        )
+        self._checkpoints.save(path, state, meta, dict, checkpoint["global_step"])
+
+    def wait_for_checkpoints(self) -> None:
+        """Wait until every checkpoint that was saved is on disk; a collective call.
+
+        Raises:
+            CheckpointError: One of them could not be written.
+        """
+        self._checkpoints.wait()
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        path = _local_path(self.broadcast(checkpoint_path))
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        module = self.lightning_module
+        assert module is not None
+        path = local_path(self.broadcast(checkpoint_path))
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
         optimizers = self._plain_optimizers() if fitting else []
-        if is_sharded_checkpoint(path):
-            strict = self.lightning_module.strict_loading
-            return load_sharded(path, self.lightning_module, optimizers, weights_only=weights_only, strict=strict)
-        whole = super().load_checkpoint(path, weights_only)
-        return localize(whole, self.lightning_module, optimizers)
+        mains = self._mains.by_main if fitting else {}
+        if path.is_file():
+            whole = super().load_checkpoint(path, weights_only)
+            return contents.localize(whole, module, optimizers, mains)
+        checkpoint = self._checkpoints.open(path)
+        state = contents.targets(
+            checkpoint.metadata, module, optimizers, mains, path=checkpoint.path, strict=module.strict_loading
+        )
+        checkpoint.read(state)
+        return contents.unpack(state, checkpoint.meta(weights_only), module, optimizers, mains, path=checkpoint.path)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(filepath)
+            self._checkpoints.remove(local_path(filepath))
 
     def _plain_optimizers(self) -> list[Optimizer]:
         plain = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
@@ -357,11 +427,14 @@ class MoEStrategy(MeshStrategy):
 
     @override
     def teardown(self) -> None:
+        module = self.lightning_module
+        trainer = None if module is None else module._trainer
         if self._reducer is not None:
             self._reducer.close()
             self._reducer = None
-        module = self.lightning_module
-        trainer = None if module is None else module._trainer
+        self._mains.close(wait=trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED)
+        if self._checkpoints.unfinished and self.ranks_are_together():
+            self._checkpoints.wait()
         if module is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             if self._layer_sync is not None:
                 self.model = self._layer_sync.revert(module)
@@ -376,7 +449,7 @@ class MoEStrategy(MeshStrategy):
             self._trained_weights = gather_full_state_dict(self.lightning_module, self.mesh)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_reducer": None}
+        return {**super().__getstate__(), "_reducer": None, "_mains": MainParams(), "_checkpoints": RunCheckpoints()}
 
     @classmethod
     @override
@@ -385,10 +458,3 @@ class MoEStrategy(MeshStrategy):
             strategy_registry.register(
                 name, cls, description=f"MoEStrategy started by {start_method}", start_method=start_method
             )
-
-
-def _local_path(path: str | Path) -> Path:
-    """``Path("s3://bucket/a")`` would be a directory ``s3:`` on the local disk."""
-    if not _is_local_file_protocol(path):
-        raise ConfigError("filepath", str(path), "a local path", "copy the directory there after the run")
-    return Path(str(path).removeprefix("file://"))

@@ -268,7 +268,10 @@ def reduce_complex() -> tuple[list[complex], bool, float]:
     reducer = GradientReducer(nn.ParameterList([used, unused]), mesh, 2**20)
     _backward(reducer, (used * complex(0, dist.get_rank())).real.sum())
     assert used.grad is not None
-    return used.grad.tolist(), unused.grad is None, float(global_grad_norm([(used.grad, None)], mesh, used.device))
+    own = reducer.own_grad(used)
+    assert own is not None
+    assert reducer.own_grad(unused) is None
+    return used.grad.tolist(), unused.grad is None, float(global_grad_norm([own], mesh, used.device))
 
 
 def test_complex_parameters(ranks: RankPool) -> None:
@@ -331,9 +334,9 @@ def test_backward_outside_of_a_step_is_left_alone() -> None:
 
 def norm(norm_type: float) -> float:
     mesh = ParallelMesh.build(ParallelConfig(expert=2))
-    grads: list[tuple[Tensor, str | None]] = [(torch.tensor([3.0, 4.0]), None)]
-    if mesh.rank("expert") == 1:  # the other rank has no expert gradient at all
-        grads.append((torch.tensor([12.0]), "expert"))
+    grads = [(torch.tensor([3.0, 4.0]), 4)]  # all four ranks answer for it
+    if mesh.rank("expert") == 1:  # the others have no expert gradient at all
+        grads.append((torch.tensor([12.0], dtype=torch.float64), 2))
     return float(global_grad_norm(grads, mesh, torch.device("cpu"), norm_type))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import random
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.rng import AxisRng, fold_seed
+from lightning_moe.parallel.rng import AxisRng, capture_generators, fold_seed, restore_generators
 from tests.distributed import RankPool
 
 EVERY_AXIS = ParallelConfig(pipeline=2, data=2, context=2, tensor=2, expert=4)
@@ -190,6 +192,70 @@ def test_streams_and_restoration_on_cuda() -> None:
         with one.fork("sharded"):
             draws.append(torch.rand(4, device="cuda"))
     assert torch.equal(draws[-1], draws[-2])
+
+
+def draw_defaults() -> list[float]:
+    """From every default generator; a normal number leaves its twin for the next call of two of them."""
+    return [random.gauss(0.0, 1.0), random.random(), float(np.random.randn()), np.random.rand(), float(torch.randn(()))]
+
+
+def through_a_file(states: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 400])
+def test_default_generators_continue_from_a_file(drawn: int) -> None:
+    """Of plain values; with the second half of a pair of normal numbers, and in the middle of a block of words."""
+    for _ in range(drawn):
+        draw_defaults()
+    states = through_a_file(capture_generators())
+    expected = [draw_defaults() for _ in range(400)]
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    for _ in range(2):
+        restore_generators(states)
+        assert [draw_defaults() for _ in range(400)] == expected
+
+
+def test_capturing_copies_and_draws_nothing() -> None:
+    states = capture_generators()
+    before = through_a_file(states)
+    first = draw_defaults()
+    assert torch.equal(states["cpu"], before["cpu"])
+    assert torch.equal(states["python"]["words"], before["python"]["words"])
+    assert torch.equal(states["numpy"]["key"], before["numpy"]["key"])
+    restore_generators(states)
+    capture_generators()
+    assert draw_defaults() == first
+
+
+def test_another_kind_of_numpy_generator_is_left_alone() -> None:
+    legacy = np.random.get_bit_generator()
+    try:
+        states = capture_generators()
+        np.random.set_bit_generator(np.random.PCG64(3))
+        assert "numpy" not in capture_generators()
+        restore_generators(states)
+        drawn = np.random.rand()
+        np.random.set_bit_generator(np.random.PCG64(3))
+        assert np.random.rand() == drawn
+    finally:
+        np.random.set_bit_generator(legacy)
+
+
+@pytest.mark.gpu
+def test_the_generator_of_a_cuda_device_continues() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.rand(5, device=device)
+    states = through_a_file(capture_generators(device))
+    expected = torch.rand(5, device=device)
+    torch.cuda.manual_seed(99)
+    restore_generators(states, device)
+    assert torch.equal(torch.rand(5, device=device), expected)
+    assert "cuda" not in capture_generators(torch.device("cpu"))
 
 
 def test_folded_seeds_are_the_same_in_every_release() -> None:

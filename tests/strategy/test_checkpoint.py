@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from lightning_moe import ConfigError
+from lightning_moe import ConfigError, MoEStrategy, ParallelConfig
 from tests.distributed import RankFailure, RankPool
 from tests.strategy.tiny import Recorder, TinyMoE, check_losses, loader, relative_error, trainer, whole
 
@@ -241,6 +241,7 @@ def resume_in_process(module: type[TinyMoE], world_size: int, expert: int, folde
             enable_checkpointing=True,
             max_steps=6,
             max_epochs=3,
+            strategy=MoEStrategy(ParallelConfig(expert=expert), optimizer_sharding=module is not Adafactor),
         )
         instance = module()
         run.fit(instance, loader(16, 8, world_size, run.global_rank, torch.float64), ckpt_path=resume)

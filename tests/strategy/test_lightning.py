@@ -28,7 +28,17 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_moe import ConfigError, MoEStrategy, ParallelConfig, ParallelMesh, ShardSpec, set_shard_spec
 from lightning_moe.moe.layer import MoELayer
 from tests.distributed import RankFailure, RankPool
-from tests.strategy.tiny import Recorder, Sequences, TinyMoE, check_losses, loader, train, trainer, whole
+from tests.strategy.tiny import (
+    Recorder,
+    Sequences,
+    TinyMoE,
+    check_losses,
+    gradient,
+    loader,
+    train,
+    trainer,
+    whole,
+)
 
 HOOKS = (
     "on_train_batch_start",
@@ -48,7 +58,7 @@ class HookOrder(pl.Callback):
 
         def recorder(name: str) -> Any:
             def hook(trainer: Any, module: Any, *_: Any) -> None:
-                grad = module.head.weight.grad
+                grad = gradient(trainer, module.head.weight)
                 self.seen.append((name, 0.0 if grad is None else float(grad.norm())))
 
             return hook

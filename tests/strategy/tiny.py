@@ -130,7 +130,7 @@ class Recorder(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
     def on_before_optimizer_step(self, trainer: Any, module: pl.LightningModule, optimizer: Any) -> None:
-        self.grads.append({name: whole(module, name, p.grad) for name, p in module.named_parameters()})
+        self.grads.append({name: whole(module, name, gradient(trainer, p)) for name, p in module.named_parameters()})
 
     def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> Run:
         """The run as the single process would see it; call it on all ranks."""
@@ -146,6 +146,12 @@ class Recorder(pl.Callback):
             {name: value for name, value in weights.items() if value is not None},
             {key: float(value) for key, value in trainer.callback_metrics.items()},
         )
+
+
+def gradient(trainer: pl.Trainer, parameter: nn.Parameter) -> Tensor | None:
+    """This rank's (whole) gradient of a parameter, wherever the strategy keeps it."""
+    strategy = trainer.strategy
+    return strategy.full_grad(parameter) if isinstance(strategy, MoEStrategy) else parameter.grad
 
 
 def whole(module: nn.Module, name: str, local: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lightning_moe.config.chronos import ChronosMoEConfig
 from lightning_moe.layers import FeedForward, RMSNorm, SelfAttention
 from lightning_moe.moe.layer import MoELayer, RoutingInfo
+from lightning_moe.parallel.main_params import gather_in_forward
 from lightning_moe.parallel.mesh import ParallelMesh
 
 
@@ -29,6 +30,7 @@ class ChronosBlock(nn.Module):
         else:
             self.ffn = MoELayer(config.hidden_size, config.moe, mesh)
         self.dropout = nn.Dropout(config.dropout)
+        gather_in_forward(self)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, RoutingInfo | None]:
         """Transform the tokens of each series.

@@ -17,6 +17,7 @@ from lightning_moe.layers import CausalSelfAttention, KVCache, RMSNorm, SwiGLU, 
 from lightning_moe.moe.layer import MoELayer, RoutingInfo
 from lightning_moe.moe.routing_tape import RoutingTape, checkpoint_with_routing
 from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.main_params import gather_in_forward
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import set_partial_grad
 
@@ -91,6 +92,7 @@ class GPTMoEBlock(nn.Module):
                 init_std=config.init_std,
                 output_init_std=output_std,
             )
+        gather_in_forward(self)
         mark_norm(self.attention_norm, mesh)
         mark_norm(self.ffn_norm, mesh)
 

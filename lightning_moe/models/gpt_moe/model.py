@@ -31,6 +31,7 @@ from lightning_moe.models.gpt_moe.head import OutputProjection
 from lightning_moe.moe.layer import MoELayer, RoutingInfo
 from lightning_moe.moe.participation import number_layers
 from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.main_params import gather_in_forward
 from lightning_moe.parallel.mesh import ParallelMesh
 
 
@@ -95,6 +96,8 @@ class GPTMoEModel(nn.Module):
         self.lm_head = None
         if not config.tie_embeddings:
             self.lm_head = OutputProjection(config.vocab_size, config.hidden_size, self.mesh, init_std=std)
+            gather_in_forward(self.final_norm, self.lm_head)
+        gather_in_forward(self.embedding)  # the first to be called, also where the output projection is the same
         number_layers([module for module in self.modules() if isinstance(module, MoELayer)])
         # No buffer: it would be cast with the module (see the note in lightning_moe.layers.rope).
         self._frequencies, self._attention_factor = rope_frequencies(
