@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TextConfig,
     )
     from lightning_moe.data import SeriesDataModule, TextDataModule
-    from lightning_moe.errors import ConfigError
+    from lightning_moe.errors import CheckpointError, ConfigError
     from lightning_moe.models.chronos_moe import ChronosMoE
     from lightning_moe.models.gpt_moe import GPTMoE
     from lightning_moe.moe import MoELayer
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "ChronosMoE",
     "ChronosMoEConfig",
     "ConfigError",
@@ -67,7 +68,7 @@ def _home_of(name: str) -> str | None:
             | "TextConfig"
         ):
             return "lightning_moe.config"
-        case "ConfigError":
+        case "CheckpointError" | "ConfigError":
             return "lightning_moe.errors"
         case "ParallelMesh":
             return "lightning_moe.parallel.mesh"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 
-from lightning_moe.errors import ConfigError
+from lightning_moe.errors import CheckpointError, ConfigError
 
 FULL = ConfigError("parallel.expert", 3, "a divisor of 8", "use 4", "r.yaml:7")
 
@@ -37,3 +38,20 @@ def test_at_and_under_return_changed_copies() -> None:
     assert (moved.value, moved.allowed, moved.hint) == (FULL.value, FULL.allowed, FULL.hint)
     assert FULL.location == "r.yaml:7"
     assert FULL.under("").field == "parallel.expert"
+
+
+def test_checkpoint_error_names_path_reason_and_remedy() -> None:
+    error = CheckpointError(Path("/runs/last.ckpt"), "rank 1 could not write it: No space left on device", "free space")
+    assert str(error) == (
+        "checkpoint /runs/last.ckpt: rank 1 could not write it: No space left on device. Hint: free space"
+    )
+    assert str(CheckpointError("a.ckpt", "is damaged")) == "checkpoint a.ckpt: is damaged"
+    assert isinstance(error, RuntimeError)
+
+
+def test_checkpoint_error_crosses_process_borders_whole() -> None:
+    error = CheckpointError("/runs/last.ckpt", "is damaged", "load another one")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is CheckpointError
+    assert vars(copy) == vars(error)
+    assert str(copy) == str(error)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from lightning_moe.bench.timing import StepClock, Times, kernel_seconds, slowest_kernels
+from lightning_moe.bench.timing import StepClock, Times, kernel_seconds, occupancy_seconds, slowest_kernels
 from lightning_moe.config import GPTMoEConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from lightning_moe.config.gpt_size import parameter_count
 from lightning_moe.models.gpt_moe import GPTMoE
@@ -77,6 +77,7 @@ class Measure(pl.Callback):
         self.profile: torch.profiler.profile | None = None
         self.times: Times | None = None
         self.kernels: dict[str, float] = {}
+        self.occupancy: dict[str, float] = {}
         self.slowest: dict[str, tuple[float, int]] = {}
 
     @override
@@ -96,6 +97,7 @@ class Measure(pl.Callback):
             torch.cuda.synchronize()
             self.profile.stop()
             self.kernels = kernel_seconds(self.profile, self.profiled)
+            self.occupancy = occupancy_seconds(self.profile, self.profiled)
             self.slowest = slowest_kernels(self.profile, self.profiled, self.listed)
             self.profile = None
 
@@ -138,6 +140,7 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
     tokens = options.batch * options.sequence * data_ranks
     result = figures(name, config, options, tokens, world_size, measure.times)
     result["milliseconds_by_kernel"] = {kind: round(1e3 * seconds, 2) for kind, seconds in measure.kernels.items()}
+    result["milliseconds_of_device"] = {kind: round(1e3 * seconds, 2) for kind, seconds in measure.occupancy.items()}
     if options.kernels:
         result["slowest_kernels"] = {name: (round(1e3 * s, 2), n) for name, (s, n) in measure.slowest.items()}
     return result

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,6 +91,40 @@ def kernel_seconds(profile: torch.profiler.profile, steps: int) -> dict[str, flo
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             total[kind_of_kernel(event.name)] += event.device_time_total / 1e6 / steps
     return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def occupancy_seconds(profile: torch.profiler.profile, steps: int) -> dict[str, float]:
+    """Seconds per step in which the device computed, only communicated (exposed communication), or did nothing.
+
+    Args:
+        profile: A finished profile with CUDA activity of one device.
+        steps: Number of steps in it; what lies before its first kernel and behind its last one does not count.
+    """
+    kernels = [
+        (event.time_range.start, event.time_range.end, kind_of_kernel(event.name) == "communication")
+        for event in profile.events() or ()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    return {kind: total / 1e6 / steps for kind, total in occupancy(kernels).items()}
+
+
+def occupancy(kernels: Iterable[tuple[float, float, bool]]) -> dict[str, float]:
+    """Divide the time from the first start to the last end among computing, only communicating, and idleness.
+
+    Args:
+        kernels: Start and end of each kernel, and whether it communicates; they may overlap.
+    """
+    changes: list[tuple[float, int, int]] = []
+    for start, end, communicates in kernels:
+        changes += [(start, int(communicates), 1), (end, int(communicates), -1)]
+    time_in = {"computing": 0.0, "only_communicating": 0.0, "idle": 0.0}
+    running = [0, 0]
+    changes.sort()
+    for (now, kind, change), (later, *_) in pairwise([*changes, *changes[-1:]]):
+        running[kind] += change
+        state = "computing" if running[0] else "only_communicating" if running[1] else "idle"
+        time_in[state] += later - now
+    return time_in
 
 
 def slowest_kernels(profile: torch.profiler.profile, steps: int, count: int) -> dict[str, tuple[float, int]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning_moe.checkpoint.files import DamageError
 from lightning_moe.checkpoint.hidden import Hidden, Kind, find_hidden
-from lightning_moe.checkpoint.manifest import MANIFEST, Manifest, load_manifest
+from lightning_moe.checkpoint.manifest import Manifest, load_manifest
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,16 @@ def recover(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete what is under a hidden name.
+    """Delete what is under a hidden name; a part that a kill leaves is not complete, and stands for nothing.
 
-    The manifest goes first: a part that a kill leaves is never taken for a checkpoint. What cannot be deleted stays,
-    with a warning: it is no reason to lose the checkpoint that was saved.
+    What cannot be deleted stays, with a warning: it is no reason to lose the checkpoint that was saved.
     """
     try:
         with suppress(FileNotFoundError):  # another run cleans up too
-            if path.is_symlink() or not path.is_dir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
-                return
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
     except OSError as error:
         warnings.warn(f"{path} could not be deleted ({error.strerror}) and takes up space", stacklevel=2)
 

@@ -20,8 +20,9 @@ from rich.console import Console
 from typing_extensions import override
 
 import lightning_moe.strategy  # noqa: F401 (registers the strategy names "moe", "moe_spawn" and "moe_fork")
+from lightning_moe.checkpoint import store
 from lightning_moe.cli.report import SUMMARY_NAME, Report, report_on
-from lightning_moe.errors import ConfigError
+from lightning_moe.errors import CheckpointError, ConfigError
 
 
 class TrainerCLI(LightningCLI):
@@ -118,7 +119,7 @@ def run(argv: Sequence[str]) -> int:
         argv: The command and its options; ``--json`` prints one JSON object as the last line.
 
     Returns:
-        The exit code: 0, or 2 when a setting was refused.
+        The exit code: 0, 2 when a setting was refused, or 1 when a checkpoint could not be read or written.
     """
     _quieten()
     as_json = "--json" in argv
@@ -128,8 +129,13 @@ def run(argv: Sequence[str]) -> int:
             # A second run in the same folder overwrites the recipe of the first, as it does its logs.
             save_config_kwargs={"overwrite": True},
         )
-    except ConfigError as problem:
+    except (ConfigError, CheckpointError) as problem:
         return _refuse(problem)
+    except IsADirectoryError as error:
+        # Of checkpoints, Lightning's own strategies for whole models open files only.
+        if error.filename is None or not _holds_checkpoints(Path(error.filename)):
+            raise
+        return _refuse(_sharded(error.filename))
     if cli.trainer.is_global_zero:
         _print_outcome(cli, as_json)
     return 0
@@ -147,8 +153,23 @@ def _print_outcome(cli: TrainerCLI, as_json: bool) -> None:
     print(summary.as_json() if as_json else f"summary: {cli.summary_path}", flush=True)
 
 
-def _refuse(problem: ConfigError) -> int:
+def _holds_checkpoints(path: Path) -> bool:
+    return store.is_checkpoint(path) or any(store.is_checkpoint(entry) for entry in path.iterdir())
+
+
+def _sharded(path: str) -> ConfigError:
+    return ConfigError(
+        "ckpt_path",
+        path,
+        "a file, as this strategy reads no sharded checkpoints",
+        "use trainer.strategy lightning_moe.MoEStrategy, on any number of devices; or make one file, of the checkpoint "
+        "by `python -m lightning.pytorch.utilities.consolidate_checkpoint`, of its weights by `lightning-moe convert`",
+    )
+
+
+def _refuse(problem: ConfigError | CheckpointError) -> int:
     """Tell the user once, whichever ranks have refused."""
+    code = 2 if isinstance(problem, ConfigError) else 1
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     if rank:
         # Most problems are found by all ranks, and rank 0 tells them. It also has to leave first: once a rank that it
@@ -156,9 +177,9 @@ def _refuse(problem: ConfigError) -> int:
         parent = os.getppid()
         time.sleep(3.0)
         if os.getppid() != parent:
-            return 2
+            return code
     print(f"rank {rank}: {problem}" if rank else str(problem), file=sys.stderr, flush=True)
-    return 2
+    return code
 
 
 def _quieten() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_moe import __version__
-from lightning_moe.cli import check
+from lightning_moe.cli import check, convert
 from lightning_moe.cli.arguments import split_arguments
 from lightning_moe.config.typecheck import closest
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check.main, "convert": convert.main}
 
 USAGE = """usage: lightning-moe COMMAND [OPTIONS]
 
@@ -20,6 +21,7 @@ commands:
   test      run the test set
   predict   run the prediction set
   check     check a recipe without importing torch
+  convert   write a checkpoint's weights as one safetensors file
 
 options:
   --help     print this text; `lightning-moe COMMAND --help` tells more about one command
@@ -41,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"lightning-moe {__version__}")
         return 0
-    if command == "check":
-        return check.main(arguments[1:])
+    if command in OTHER_COMMANDS:
+        return OTHER_COMMANDS[command](arguments[1:])
     if command in TRAINER_COMMANDS:
         return _run_trainer(arguments)
     problem = "no command given"
     if command:
         problem = " ".join(
-            filter(None, (f"unknown command {command!r};", closest(command, (*TRAINER_COMMANDS, "check"))))
+            filter(None, (f"unknown command {command!r};", closest(command, (*TRAINER_COMMANDS, *OTHER_COMMANDS))))
         )
     print(problem.rstrip(";"), USAGE, sep="\n\n", end="", file=sys.stderr)
     return 2

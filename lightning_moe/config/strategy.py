@@ -26,6 +26,11 @@ class StrategyRecipe:
     """Seconds after which a collective gives up."""
     bucket_megabytes: float = 25.0
     """Size of a gradient bucket in MiB."""
+    optimizer_sharding: bool = True
+    """Whether ranks that hold the same parameters divide the optimizer's state and work; false for optimizers that do
+    not treat every element by itself, such as Muon."""
+    async_checkpoint: bool = False
+    """Whether training goes on while checkpoints are written from a copy in host memory."""
     accelerator: None = None
     """Set by the Trainer."""
     parallel_devices: None = None

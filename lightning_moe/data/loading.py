@@ -19,6 +19,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_moe.data.stateful import give_generator
+
 Batch = TypeVar("Batch")
 
 
@@ -174,12 +176,14 @@ class ResumableDataLoader(StatefulDataLoader[Batch]):
     """
 
     _batches = 0
+    _before_last: Position | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             # torchdata 0.11 makes a call that newer versions of torch ask their users not to make.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             super().__init__(*args, **kwargs)
+        give_generator(self)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if not isinstance(self.sampler, EpochSampler):  # overfit_batches replaces the sampler
@@ -189,9 +193,16 @@ class ResumableDataLoader(StatefulDataLoader[Batch]):
         if position["epoch"] != self.sampler.epoch:
             self.sampler.resume(position, self._global_batch())
         self._batches = 0
-        for batch in super().__iter__():
+        self._before_last = self.position()
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
             self._batches += 1
             yield batch
+            self._before_last = self.position()
 
     def position(self) -> Position | None:
         """Where the run is; None over another kind of sampler, which does not number samples."""
@@ -202,14 +213,23 @@ class ResumableDataLoader(StatefulDataLoader[Batch]):
         position = self.position()
         return super().state_dict() if position is None else dict(position)
 
+    def previous_state_dict(self) -> dict[str, Any]:
+        """Return the position before the last batch was asked for: Lightning may hold one that it has not used."""
+        return self.state_dict() if self._before_last is None else dict(self._before_last)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the loader that returned ``state_dict`` was."""
+        """Continue where the loader that returned ``state_dict`` was.
+
+        States of the first release had no ``start``: its epochs were all of one length.
+        """
         if not isinstance(self.sampler, EpochSampler):
             super().load_state_dict(state_dict)
         elif state_dict:
-            self.sampler.resume(Position(**state_dict), self._global_batch())  # type: ignore[typeddict-item]
-            self.sampler.set_epoch(state_dict["epoch"])
-            self._batches = 0
+            epoch, samples = state_dict["epoch"], state_dict["samples"]
+            start = state_dict.get("start", epoch * self.sampler.total_size)
+            self.sampler.resume(Position(epoch=epoch, samples=samples, start=start), self._global_batch())
+            self.sampler.set_epoch(epoch)
+            self._batches, self._before_last = 0, None
 
     def _samples(self) -> int:
         """Samples that all ranks together have taken in the last iteration."""

@@ -85,7 +85,13 @@ class DispatchPlan:
 
 
 def plan_dispatch(
-    slots: Tensor, counts: RowCounts, rank: int, sent: Tensor | None = None, *, padded: bool = False
+    slots: Tensor,
+    counts: RowCounts,
+    rank: int,
+    sent: Tensor | None = None,
+    *,
+    padded: bool = False,
+    matched: tuple[Tensor, Tensor] | None = None,
 ) -> DispatchPlan:
     """Work out a plan; pure, without communication and without waiting for the device.
 
@@ -95,6 +101,7 @@ def plan_dispatch(
         rank: This rank's position among the ``P``.
         sent: Bool ``[T, K]``: choices that are sent (real tokens, within capacity); None for all.
         padded: Whether this rank sends more rows to a slot than it has choices for it; the rest are zeros.
+        matched: What :func:`match_rows` has given already; None to call it.
 
     Returns:
         The plan, with index tensors on the device of ``slots``.
@@ -103,7 +110,7 @@ def plan_dispatch(
     own = counts.numbers[rank]
     received = counts.tensor[:, local_slots]
     pieces = [source[local_slots] for source in counts.numbers]
-    row_of_choice, choice_of_row = _match_rows(slots, counts.tensor[rank], sum(own), sent)
+    row_of_choice, choice_of_row = matched or match_rows(slots, counts.tensor[rank], sum(own), sent)
     to_expert_major, to_source_major = _expert_major(received, sum(map(sum, pieces)))
     return DispatchPlan(
         num_tokens=slots.shape[0],
@@ -119,6 +126,28 @@ def plan_dispatch(
         expert_counts=tuple(map(sum, zip(*pieces, strict=True))),
         expert_offsets=received.sum(0).cumsum(0).to(torch.int32),
     )
+
+
+def match_rows(slots: Tensor, sizes: Tensor, num_rows: int, sent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Match choices with rows of the send buffer; needs to know nothing of the other ranks.
+
+    Args:
+        slots: Slot of each choice, int64 ``[T, K]``.
+        sizes: Rows that this rank sends to each slot, int64 ``[slots]`` on the device.
+        num_rows: Their sum ``R``.
+        sent: Bool ``[T, K]``: choices that are sent; None for all.
+
+    Returns:
+        Row of each choice (0 where not sent), ``[N]``, and choice of each row (-1 at padding), ``[R]``.
+    """
+    first_row = sizes.cumsum(0) - sizes
+    rows = (first_row[slots] + position_in_expert(slots, sizes.numel(), sent)).flatten()
+    if sent is not None:
+        # One more row takes what is not sent: selecting by a mask would wait for the device to count it.
+        rows = rows.where(sent.flatten(), num_rows)
+    choices = torch.full((num_rows + 1,), -1, device=slots.device)
+    choices[rows] = torch.arange(rows.numel(), device=slots.device)
+    return (rows if sent is None else rows.where(sent.flatten(), 0)), choices[:num_rows]
 
 
 def dispatch(tokens: Tensor, plan: DispatchPlan, group: dist.ProcessGroup | None) -> Tensor:
@@ -162,18 +191,6 @@ def combine(
 def _slots_of(rank: int, counts: RowCounts) -> slice:
     per_rank = counts.num_slots // len(counts.numbers)
     return slice(rank * per_rank, (rank + 1) * per_rank)
-
-
-def _match_rows(slots: Tensor, sizes: Tensor, num_rows: int, sent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Row of each choice (0 where not sent), ``[N]``, and choice of each row (-1 at padding), ``[R]``."""
-    first_row = sizes.cumsum(0) - sizes
-    rows = (first_row[slots] + position_in_expert(slots, sizes.numel(), sent)).flatten()
-    if sent is not None:
-        # One more row takes what is not sent: selecting by a mask would wait for the device to count it.
-        rows = rows.where(sent.flatten(), num_rows)
-    choices = torch.full((num_rows + 1,), -1, device=slots.device)
-    choices[rows] = torch.arange(rows.numel(), device=slots.device)
-    return (rows if sent is None else rows.where(sent.flatten(), 0)), choices[:num_rows]
 
 
 def _expert_major(received: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor | None]:

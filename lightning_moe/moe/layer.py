@@ -15,7 +15,7 @@ from lightning_moe.config.moe import MoEConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.capacity import expert_capacity, within_capacity
 from lightning_moe.moe.choices import count_choices
-from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatch, plan_dispatch
+from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatch, match_rows, plan_dispatch
 from lightning_moe.moe.experts import GroupedExperts
 from lightning_moe.moe.losses import RouterLosses
 from lightning_moe.moe.participation import announce_call
@@ -234,13 +234,17 @@ class MoELayer(nn.Module):
                 counts = count_choices(experts, config.num_experts, sent)
         sizes = counts.new_empty(self.num_slots)
         sizes.scatter_(0, self.slots_of_expert.flatten(), self._per_shard(counts[:, None]).flatten())
-        announced = announce_call(self.layer_index, dtype, sizes, self.header_slots, self.expert_group)
+        call = announce_call(self.layer_index, dtype, sizes, self.header_slots, self.expert_group)
+        slots = self.slots_of_expert[experts].flatten(1)
+        # With every choice sent, their number is known: the device matches them with rows while the host waits.
+        matched = match_rows(slots, sizes, slots.numel()) if sent is None and not config.pad_to_capacity else None
         plan = plan_dispatch(
-            self.slots_of_expert[experts].flatten(1),
-            announced,
+            slots,
+            call.wait(),
             self.mesh.rank(Axis.EXPERT_MODEL),
             None if sent is None else self._per_shard(sent),
             padded=config.pad_to_capacity,
+            matched=matched,
         )
         return plan, dropped
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.dispatch import RowCounts
 from lightning_moe.parallel.collectives import all_gather
+from lightning_moe.parallel.host_read import HostRead
 
 if TYPE_CHECKING:
     from lightning_moe.moe.layer import MoELayer
@@ -47,12 +48,34 @@ def number_layers(layers: Sequence[MoELayer]) -> None:
         layer.header_experts = widest
 
 
+class AnnouncedCall:
+    """A call that the group has been told of; :meth:`wait` says what every rank sends.
+
+    Waiting is the one point of a layer's forward pass where the host waits for the device. Work that is queued before
+    it keeps the device busy meanwhile, and while the host prepares what follows.
+    """
+
+    def __init__(self, headers: Tensor, num_slots: int, prefix: int) -> None:
+        self._headers, self._num_slots, self._prefix = headers, num_slots, prefix
+        self._read = HostRead(headers)
+
+    def wait(self) -> RowCounts:
+        """Rows that each rank sends to each slot; zeros for idle ranks.
+
+        Raises:
+            RuntimeError: The active ranks do not call the same layer in the same dtype, or gradients are recorded
+                while a rank has finished.
+        """
+        numbers = self._read.wait()
+        if self._prefix:
+            _check(numbers)
+        return _row_counts(_Headers(self._headers, numbers), self._num_slots, self._prefix)
+
+
 def announce_call(
     layer_index: int, dtype: torch.dtype, sizes: Tensor, header_slots: int, group: dist.ProcessGroup | None
-) -> RowCounts:
-    """Tell the group that this rank calls a layer, and learn what every rank sends.
-
-    This is the one point of a layer's forward pass where the host waits for the device.
+) -> AnnouncedCall:
+    """Tell the group that this rank calls a layer.
 
     Args:
         layer_index: Index of the calling layer.
@@ -62,23 +85,20 @@ def announce_call(
         group: The expert group; None when this rank holds all experts.
 
     Returns:
-        Rows that each rank sends to each slot; zeros for idle ranks.
+        The call, under way.
 
     Raises:
-        RuntimeError: The active ranks do not call the same layer in the same dtype, or gradients are recorded
-            while a rank has finished.
+        ConfigError: No rank can be told of such a dtype.
     """
     if group is None:
-        return RowCounts(sizes[None], [sizes.tolist()])
+        return AnnouncedCall(sizes[None], sizes.numel(), 0)
     if dtype not in _DTYPES:
         raise ConfigError("hidden.dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
     prefix = (layer_index, _DTYPES.index(dtype), int(torch.is_grad_enabled()))
     # Filled on the device one by one: a tensor made from the list would wait for the device.
     header = [sizes.new_full((1,), value) for value in prefix]
     header += [sizes, sizes.new_zeros(header_slots - sizes.numel())]
-    headers = _gather(torch.cat(header), group)
-    _check(headers.numbers)
-    return _row_counts(headers, sizes.numel())
+    return AnnouncedCall(all_gather(torch.cat(header)[None], group), sizes.numel(), _PREFIX)
 
 
 @torch.no_grad()
@@ -134,8 +154,8 @@ def _gather(header: Tensor, group: dist.ProcessGroup) -> _Headers:
     return _Headers(headers, headers.tolist())
 
 
-def _row_counts(headers: _Headers, num_slots: int) -> RowCounts:
-    columns = slice(_PREFIX, _PREFIX + num_slots)
+def _row_counts(headers: _Headers, num_slots: int, prefix: int = _PREFIX) -> RowCounts:
+    columns = slice(prefix, prefix + num_slots)
     return RowCounts(headers.tensor[:, columns], [header[columns] for header in headers.numbers])
 
 

@@ -9,12 +9,7 @@ from typing import Any, TypeGuard
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import (
-    ModelCheckpoint,
-    ModelPruning,
-    OnExceptionCheckpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -60,10 +55,6 @@ def check_callbacks(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
         if isinstance(callback, ModelPruning) and mesh.world_size > 1:
             allowed = "pruning of the consolidated weights, on one rank"
             why = "it renames parameters, and how they are split is known by name; each rank would prune its own part"
-        saves_on_exception = isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False)
-        if mesh.world_size > 1 and (isinstance(callback, OnExceptionCheckpoint) or saves_on_exception):
-            allowed = "ModelCheckpoint(every_n_train_steps=...), save_on_exception=False"
-            why = "all ranks write a checkpoint together, and after an exception on one of them the others would wait"
         if why:
             raise ConfigError("trainer.callbacks", type(callback).__name__, allowed, why)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lightning_moe.checkpoint import commit, store
@@ -143,6 +144,21 @@ def test_disk_full_on_one_rank(ranks: RankPool, template: Path, rank: int, lasti
 def test_other_errors_name_their_cause(template: Path, code: int) -> None:
     messages = fail_at_every_call(str(template), 0, code, True, True)
     check_messages(messages, 0, code)
+
+
+def test_the_cause_is_found_behind_that_of_torch(tmp_path: Path) -> None:
+    """Tensors that are too large for the buffer fail inside of torch.save, which raises an error of its own."""
+    state = {"large": torch.zeros(1 << 20)}
+    messages = []
+    for at in range(1, 30):
+        with failing(at, errno.ENOSPC, swap=True, lasting=False) as failed:
+            try:
+                store.write(tmp_path / "a.ckpt", state, {}, step=1, group=None)
+            except CheckpointError as error:
+                messages.append(str(error))
+    assert not failed
+    assert len(messages) > 10
+    assert all("rank 0 could not write it: No space left on device (/" in message for message in messages)
 
 
 def save_with_a_limit(path: str) -> str:

@@ -188,10 +188,11 @@ def test_killed_at_random(ranks: RankPool, tmp_path: Path, trials: int) -> None:
 
 # ---- at every single step of saving
 
-CALLS = ("open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir")
+NAMING = ("mkdir", "rename", "unlink", "rmdir")
+WRITING = ("open", "write", "fsync")
 
 
-def save_and_die(folder: Path, step: int, swap: bool, die_at: int, pipe: int) -> None:
+def save_and_die(folder: Path, step: int, swap: bool, names: tuple[str, ...], die_at: int, pipe: int) -> None:
     """Save a step, and kill this process before the given call that changes files."""
     calls = count(1)
 
@@ -205,22 +206,21 @@ def save_and_die(folder: Path, step: int, swap: bool, die_at: int, pipe: int) ->
 
     report = os.write
     commit.exchange = counted(commit.exchange) if swap else lambda first, second: False  # type: ignore[attr-defined]
-    for name in CALLS:
+    for name in names:
         setattr(os, name, counted(getattr(os, name)))
     save_step(folder, step, None, lambda line: report(pipe, line.encode()) and None)
     report(pipe, b"end 0\n")
 
 
-def kill_at_every_call(base: str, swap: bool, every: int) -> int:
+def kill_at_every_call(base: str, swap: bool, names: tuple[str, ...]) -> int:
     """Kill before each call in turn, until the saving ends before; gives the number of calls."""
-    die_at = 1
     folder = Folder(Path(base) / "run")
     folder.path.mkdir()
     for step in range(1, KEPT + 1):
         save_step(folder.path, step, None, lambda line: folder.report(line.encode()))
-    for step in count(KEPT + 1):
+    for die_at, step in enumerate(count(KEPT + 1), start=1):
         read, write = os.pipe()
-        pid = fork(save_and_die, folder.path, step, swap, die_at, write, errors=Path(base) / "errors")
+        pid = fork(save_and_die, folder.path, step, swap, names, die_at, write, errors=Path(base) / "errors")
         os.close(write)
         with os.fdopen(read, "rb") as reports:
             folder.report(reports.read())
@@ -232,13 +232,14 @@ def kill_at_every_call(base: str, swap: bool, every: int) -> int:
             return die_at
         assert os.WTERMSIG(status) == signal.SIGKILL
         folder.verify()
-        die_at += every
     raise AssertionError
 
 
 @pytest.mark.parametrize("swap", [True, False], ids=["exchange", "two renames"])
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_every_call(ranks: RankPool, tmp_path: Path, swap: bool, every: int) -> None:
-    """Before each write, rename, ... of a step, each time in the folder that the kill before has left."""
-    (calls,) = ranks.run(1, kill_at_every_call, str(tmp_path), swap, every, init_process_group=False)
-    assert calls > 40
+@pytest.mark.parametrize(
+    "names", [NAMING, pytest.param(NAMING + WRITING, marks=pytest.mark.slow)], ids=["names", "names and contents"]
+)
+def test_killed_at_every_call(ranks: RankPool, tmp_path: Path, swap: bool, names: tuple[str, ...]) -> None:
+    """Before each rename, write, ... of a step, each time in the folder that the kill before has left."""
+    (calls,) = ranks.run(1, kill_at_every_call, str(tmp_path), swap, names, init_process_group=False)
+    assert calls > (15 if names == NAMING else 45)

@@ -14,8 +14,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lightning_moe.checkpoint.sharded import load_sharded
+from lightning_moe.checkpoint.consolidate import consolidate
 from lightning_moe.config.loader import load_yaml
 from lightning_moe.data.fcomp import load_competitions
 from lightning_moe.models.chronos_moe import ChronosMoE
@@ -141,12 +142,13 @@ def test_picture_shows_forecasts(summary: dict[str, Any]) -> None:
         assert (np.abs(image - rgb).max(axis=-1) < 0.02).sum() > 100, colour
 
 
-def test_scores_are_those_of_the_checkpoint(summary: dict[str, Any]) -> None:
+def test_scores_are_those_of_the_checkpoint(summary: dict[str, Any], tmp_path: Path) -> None:
     """Forecast every holdout in this process with the saved weights, and score by the definitions in numpy."""
     recipe = load_yaml(Path(summary["checkpoint"]).parents[1] / "config.yaml").values
     model = ChronosMoE(recipe["model"]["init_args"]["config"])
     model.configure_model()
-    model.load_state_dict(load_sharded(Path(summary["checkpoint"]), model, [])["state_dict"])
+    consolidate(Path(summary["checkpoint"]), tmp_path / "weights.safetensors")
+    model.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     levels = np.arange(1, 10) / 10
     for name, members in load_competitions(list(DATASETS)).items():

@@ -16,9 +16,10 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringDataModule
 from rich.console import Console
+from safetensors.torch import load_file
 
 from lightning_moe import ConfigError, GPTMoE, SeriesDataModule, TextDataModule
-from lightning_moe.checkpoint.sharded import load_sharded
+from lightning_moe.checkpoint.consolidate import consolidate
 from lightning_moe.cli.report import TextSummary, report_on
 from lightning_moe.cli.report.text import TextReport, print_text_summary
 from lightning_moe.config.loader import load_yaml
@@ -203,7 +204,8 @@ def test_figures_are_those_of_the_checkpoint(fitted: Run, monkeypatch: pytest.Mo
     recipe = load_yaml(Path(values["checkpoint"]).parents[1] / "config.yaml").values
     model = GPTMoE(recipe["model"]["init_args"]["config"])
     model.configure_model()
-    model.load_state_dict(load_sharded(Path(values["checkpoint"]), model, [])["state_dict"])
+    consolidate(Path(values["checkpoint"]), fitted.folder / "weights.safetensors")
+    model.load_state_dict(load_file(fitted.folder / "weights.safetensors"))
     model.eval()
     assert values["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     # Without document masks forward() would not hide the documents of a row from each other, so one at a time.

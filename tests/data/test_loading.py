@@ -233,3 +233,45 @@ def test_shuffled_items_resume_in_mid_epoch(num_workers: int) -> None:
             loader.load_state_dict(state)
         resumed = [Counter(torch.cat(parts).tolist()) for parts in zip(*loaders, strict=True)]
         assert resumed == rest
+
+
+# --- what checkpoints hold
+
+
+def test_states_of_the_first_release_had_no_start() -> None:
+    resumed = loader()
+    resumed.load_state_dict({"epoch": 2, "samples": 8})
+    resumed.sampler.set_epoch(2)  # type: ignore[attr-defined]
+    assert first_of(list(resumed)) == [56, 60, 64, 68]
+    assert resumed.state_dict() == {"epoch": 2, "samples": 24, "start": 48}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_position_before_the_last_batch(num_workers: int) -> None:
+    """Lightning holds a batch that it has not trained on, beside one of a loader without a length."""
+    saved = loader()
+    batches = iter(saved)
+    assert saved.previous_state_dict() == {"epoch": 0, "samples": 0, "start": 0}
+    for step in range(3):
+        next(batches)
+        assert saved.previous_state_dict() == {"epoch": 0, "samples": 4 * step, "start": 0}
+    resumed = loader(num_workers=num_workers)
+    resumed.load_state_dict(saved.previous_state_dict())
+    batches = iter(resumed)
+    next(batches)
+    assert resumed.previous_state_dict() == saved.previous_state_dict()
+    assert first_of(list(batches)) == [12, 16, 20]
+    resumed.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    next(iter(resumed))
+    again = loader()
+    again.load_state_dict(resumed.previous_state_dict())
+    again.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    assert first_of(list(again))[0] == 24
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_iterating_leaves_the_default_generator_alone(num_workers: int) -> None:
+    """A run that resumes begins more iterations than one that was not interrupted."""
+    before = torch.get_rng_state()
+    list(loader(num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), before)

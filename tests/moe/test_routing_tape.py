@@ -77,7 +77,7 @@ def compare(parallel: ParallelConfig) -> dict[str, Any]:
     calls: Counter[str] = Counter()
     with ExitStack() as stack:
         for name, module, function in (
-            ("header", participation, "_gather"),
+            ("header", participation, "all_gather"),
             ("reduction", losses, "_all_reduced"),
             ("plan", dispatch_module, "position_in_expert"),
             ("exchange", dispatch_module, "all_to_all"),

@@ -15,9 +15,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
-    ModelCheckpoint,
     ModelPruning,
-    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -549,21 +547,6 @@ def test_data_ranks_draw_different_dropout_masks(ranks: RankPool) -> None:
     assert not set(first[0]) & set(second[0])
     assert first[1] == second[1]
     assert len(set(first[0])) == 3
-
-
-@pytest.mark.parametrize("callback", ["OnExceptionCheckpoint", "ModelCheckpoint"])
-def test_saving_on_exception_is_refused_by_name(ranks: RankPool, callback: str, tmp_path: Any) -> None:
-    """Saving is collective: after an exception on one rank the others would wait until the timeout."""
-    chosen = (
-        OnExceptionCheckpoint(str(tmp_path))
-        if callback == "OnExceptionCheckpoint"
-        else ModelCheckpoint(str(tmp_path), save_on_exception=True)
-    )
-    with pytest.raises(RankFailure) as failure:
-        ranks.run(2, fit_with, [chosen], init_process_group=False)
-    error = failure.value.__cause__
-    assert isinstance(error, ConfigError)
-    assert error.value == callback
 
 
 def fit_with_lbfgs() -> None:
