@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from lightning_moe.checkpoint.agreement import Ranks
 from lightning_moe.checkpoint.files import DamageError, check_file, read_checked
@@ -86,7 +87,7 @@ class Checkpoint:
 
         Ranks need not tell each other what they read: DCP's default planner leaves every rank's plan as it is.
         """
-        planner, reader = _SafePlanner(), FileSystemReader(self.path)
+        planner, reader = _SafePlanner(), _ChunkReader(self.path)
         planner.set_up_planner(state, self.metadata, is_coordinator=True)
         reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         try:
@@ -101,6 +102,43 @@ class Checkpoint:
 
     def _unreadable(self, name: str, error: Exception) -> CheckpointError:
         return _damaged(self.path, name, f"step {self.step}", f"cannot be read: {type(error).__name__}: {error}")
+
+
+class _ChunkReader(FileSystemReader):
+    """DCP's reader loads a stored chunk again for each part of it that is wanted.
+
+    That may be dozens: experts that lie elsewhere, the boxes of a sharded optimizer's run, both halves of a fused
+    projection.
+    """
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        parts: dict[MetadataIndex, list[ReadItem]] = {}
+        for item in plan.items:
+            parts.setdefault(item.storage_index, []).append(item)
+        for index in sorted(parts, key=lambda index: self._place(index)):
+            name, _ = self._place(index)
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
+                chunk = self._slice_file(stream, self.storage_data[index])
+                if parts[index][0].type == LoadItemType.BYTE_IO:
+                    planner.load_bytes(parts[index][0], io.BytesIO(chunk.read(-1)))
+                    continue
+                stored = torch.load(chunk, map_location="cpu", weights_only=True)
+            for item in parts[index]:
+                part = stored
+                for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    part = part.narrow(dim, offset, length)
+                target = planner.resolve_tensor(item).detach()
+                if target.shape != part.shape:
+                    raise ValueError(f"{index.fqn} holds {tuple(part.shape)} where {tuple(target.shape)} is announced")
+                target.copy_(part)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _place(self, index: MetadataIndex) -> tuple[str, int]:
+        info = self.storage_data[index]
+        return info.relative_path, info.offset
 
 
 class _SafePlanner(DefaultLoadPlanner):
@@ -122,7 +160,7 @@ class _SafePlanner(DefaultLoadPlanner):
         target[last] = torch.load(value, map_location="cpu", weights_only=True)
 
 
-def open_checkpoint(path: Path, group: dist.ProcessGroup | None) -> Checkpoint:
+def open(path: Path, group: dist.ProcessGroup | None) -> Checkpoint:
     """Verify a checkpoint and open it; a collective call over ``group``.
 
     Every file is compared with the manifest before anything in it is used; the ranks divide the work.

@@ -24,14 +24,12 @@ from lightning_moe.checkpoint.commit import remove
 from lightning_moe.checkpoint.files import DamageError
 from lightning_moe.checkpoint.hidden import Hidden
 from lightning_moe.checkpoint.manifest import is_checkpoint, load_manifest, step_in_name
-from lightning_moe.checkpoint.reader import Checkpoint, open_checkpoint
+from lightning_moe.checkpoint.reader import Checkpoint, open
 from lightning_moe.checkpoint.recovery import stand_ins
 from lightning_moe.checkpoint.writer import write
 from lightning_moe.errors import CheckpointError
 
 __all__ = ["Checkpoint", "find_newest", "is_checkpoint", "open", "remove", "write"]
-
-open = open_checkpoint
 
 
 def find_newest(folder: Path, group: dist.ProcessGroup | None) -> Checkpoint:
@@ -51,7 +49,7 @@ def find_newest(folder: Path, group: dist.ProcessGroup | None) -> Checkpoint:
     candidates = ranks.first(lambda: _newest_first(folder.absolute()))
     for candidate in candidates:
         try:
-            return open_checkpoint(candidate, group)
+            return open(candidate, group)
         except CheckpointError as error:
             if ranks.is_first:
                 warnings.warn(f"Looking for an older checkpoint, because of {error}", stacklevel=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class RunCheckpoints:
         path: Path,
         state: dict[str, Any],
         meta: Mapping[str, Any],
-        late: Callable[[], Mapping[str, Any]],
+        late: Callable[[dist.ProcessGroup | None], Mapping[str, Any]],
         step: int,
     ) -> None:
         """Write a checkpoint, now or in the background.
@@ -49,20 +50,19 @@ class RunCheckpoints:
             path: Directory to write.
             state: What DCP writes.
             meta: Plain values.
-            late: Gives more plain values; called where the checkpoint is written, and may communicate over the group.
+            late: Gives more plain values; called where the checkpoint is written, with the group to communicate over.
             step: Optimizer steps so far.
 
         Raises:
             CheckpointError: This checkpoint, or the one before that was written in the background, failed.
         """
         if self._writer is None:
-            store.write(path, state, {**meta, **late()}, step=step, group=self._group)
+            _write(path, state, meta, late, step, self._group)
             return
         self.wait()  # the host copy of the one before is free again
         copied, plain = self._host.take(state), deepcopy(dict(meta))
-        group = self._group
         self._saving = True
-        self._writer.submit(lambda: _write(path, copied, {**plain, **late()}, step, group))
+        self._writer.submit(partial(_write, path, copied, plain, late, step, self._group))
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint once everything that was saved before is on disk; called on one rank."""
@@ -120,6 +120,11 @@ def local_path(path: str | Path) -> Path:
 
 
 def _write(
-    path: Path, state: dict[str, Any], meta: Mapping[str, Any], step: int, group: dist.ProcessGroup | None
+    path: Path,
+    state: dict[str, Any],
+    meta: Mapping[str, Any],
+    late: Callable[[dist.ProcessGroup | None], Mapping[str, Any]],
+    step: int,
+    group: dist.ProcessGroup | None,
 ) -> None:
-    store.write(path, state, meta, step=step, group=group)
+    store.write(path, state, {**meta, **late(group)}, step=step, group=group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from lightning_moe.strategy.overlap import forward_alone_reads_weights
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
+from lightning_moe.strategy.resume import ExactResume, gather
 from lightning_moe.strategy.sizes import report_sizes
 
 
@@ -125,6 +127,7 @@ class MoEStrategy(MeshStrategy):
         self._reducer: GradientReducer | None = None
         self._mains = MainParams()
         self._checkpoints = RunCheckpoints()
+        self._resume = ExactResume()
         self._rng: AxisRng | None = None
         self._batch_checked = False
         self._trained_weights: dict[str, Any] = {}
@@ -272,8 +275,14 @@ class MoEStrategy(MeshStrategy):
         # Folding in the step keeps a resumed run from drawing the dropout masks of its beginning again.
         seed = fold_seed(self.broadcast(torch.initial_seed()), trainer.global_step)
         self._rng = AxisRng(self.mesh, seed)
+        self._resume.start_training(trainer, self._rng)
         self._batch_checked = False
         self._mains.refresh()  # hooks may have written weights since the optimizer was made
+
+    @override
+    def on_train_end(self) -> None:
+        assert self.lightning_module is not None
+        self._resume.end_training(self.lightning_module.trainer, self._rng, self.mesh)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -295,6 +304,13 @@ class MoEStrategy(MeshStrategy):
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             broadcast_buffers(self.lightning_module, self.mesh)
+        self._mains.wait()
+        self._resume.start_validation(self.lightning_module.trainer)
+
+    @override
+    def on_validation_end(self) -> None:
+        assert self.lightning_module is not None
+        self._resume.end_validation(self.lightning_module.trainer)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -313,7 +329,7 @@ class MoEStrategy(MeshStrategy):
         assert self.lightning_module is not None
         if self.mesh.size(Axis.EXPERT_MODEL) > 1 and not self.lightning_module.trainer.training:
             check_evaluation_lengths(dataloader, self.mesh)
-        return dataloader
+        return self._resume.process_dataloader(dataloader, self.lightning_module.trainer)
 
     def _serve_after(self, output: Any) -> Any:
         """After this rank's last batch, run its experts for ranks that have more."""
@@ -356,10 +372,11 @@ class MoEStrategy(MeshStrategy):
         path = local_path(self.broadcast(filepath))
         if self._mesh is not None:  # there is none in the main process of spawn
             broadcast_buffers(self.lightning_module, self._mesh)  # the checkpoint's tensors share the module's memory
+        own = self._resume.capture(checkpoint, self.lightning_module.trainer, self._rng, self._mesh)
         state, meta = contents.pack(
             checkpoint, self.lightning_module, self._plain_optimizers(), self._mains.by_main, self._mesh
         )
-        self._checkpoints.save(path, state, meta, dict, checkpoint["global_step"])
+        self._checkpoints.save(path, state, meta, partial(gather, own), checkpoint["global_step"])
 
     def wait_for_checkpoints(self) -> None:
         """Wait until every checkpoint that was saved is on disk; a collective call.
@@ -379,13 +396,19 @@ class MoEStrategy(MeshStrategy):
         mains = self._mains.by_main if fitting else {}
         if path.is_file():
             whole = super().load_checkpoint(path, weights_only)
-            return contents.localize(whole, module, optimizers, mains)
-        checkpoint = self._checkpoints.open(path)
-        state = contents.targets(
-            checkpoint.metadata, module, optimizers, mains, path=checkpoint.path, strict=module.strict_loading
-        )
-        checkpoint.read(state)
-        return contents.unpack(state, checkpoint.meta(weights_only), module, optimizers, mains, path=checkpoint.path)
+            loaded = contents.localize(whole, module, optimizers, mains)
+        else:
+            checkpoint = self._checkpoints.open(path)
+            state = contents.targets(
+                checkpoint.metadata, module, optimizers, mains, path=checkpoint.path, strict=module.strict_loading
+            )
+            checkpoint.read(state)
+            meta = checkpoint.meta(weights_only)
+            self.barrier()  # somebody may remove the checkpoint next
+            loaded = contents.unpack(state, meta, module, optimizers, mains, path=checkpoint.path)
+        if fitting:
+            self._resume.take(loaded, self.mesh)
+        return loaded
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

@@ -324,6 +324,26 @@ def test_streams_with_a_state_look_back() -> None:
         assert [int(batch[0]) for batch in resumed] == [0, 3, 6, 9][step:]
 
 
+def test_looking_back_is_not_at_what_a_stream_goes_on_working_with() -> None:
+    class Live(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = {"seen": list[int]()}
+
+        def __iter__(self) -> Iterator[int]:
+            for number in super().__iter__():
+                self.state["seen"].append(number)
+                yield number
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+    loader: Any = make_resumable(DataLoader(Live(), batch_size=5))
+    batches = iter(loader)
+    next(batches), next(batches)
+    assert "[0, 1, 2, 3, 4]" in str(loader.previous_state_dict())
+
+
 def test_a_stream_draws_for_the_held_batch_as_it_did() -> None:
     class Random(Counting):
         def __iter__(self) -> Iterator[int]:
