@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import threading
 import time
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_moe.bench.gpt import RandomTokens, bench_config, figures
+from lightning_moe.bench.gpt import RandomTokens, bench_config, figures, print_result
 from lightning_moe.bench.timing import Times
 from lightning_moe.config import GPTMoEConfig, OptimizerConfig, ParallelConfig
 from lightning_moe.models.gpt_moe import GPTMoE
@@ -249,10 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = figures(name, config, options, tokens, world_size, Times.of(measure.undisturbed))
             result["checkpoint_bytes"] = measure.size
         result["asynchronous" if asynchronous else "synchronous"] = summarize(measure)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(result, indent=None if options.json else 2), flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    print_result(result, on_one_line=options.json)
 
 
 if __name__ == "__main__":

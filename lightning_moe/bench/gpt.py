@@ -170,6 +170,14 @@ def figures(
     }
 
 
+def print_result(result: dict[str, Any], *, on_one_line: bool) -> None:
+    """Print a result as JSON on rank 0, and leave the process group."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(result, indent=None if on_one_line else 2), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, and print one JSON object as the last line of rank 0."""
     parser = argparse.ArgumentParser(prog="python -m lightning_moe.bench.gpt", description=__doc__)
@@ -197,10 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = measure_fsdp2(options)
     else:
         result = measure_ours(options)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(result, indent=None if options.json else 2), flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    print_result(result, on_one_line=options.json)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class ExpertLoad(Callback):
     on the device.
     """
 
+    reads_weights = False  # so updated weights may arrive while the next forward has begun
+
     def __init__(self) -> None:
         self._counts: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
