@@ -121,7 +121,8 @@ def targets(
     for section in _SECTIONS.values():
         if section in saved:
             state[section] = {
-                name: to_logical(torch.empty_like(value), specs.get(name, ()))
+                # In the file's digits: a weight average may have more of them than the module.
+                name: to_logical(torch.empty_like(value, dtype=_dtype(saved[section][name])), specs.get(name, ()))
                 for name, value in template.items()
                 if name in saved[section]
             }
@@ -261,6 +262,10 @@ def _check_same(
             "a checkpoint of a model with the same parameters",
             f"missing in the file: {missing}; unknown to the model: {unknown}; other shapes: {differing}",
         )
+
+
+def _dtype(entry: Any) -> torch.dtype | None:
+    return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
 
 
 def _is_tensor(value: Any) -> bool:

@@ -186,6 +186,8 @@ def _find(path: Path) -> tuple[Path, Manifest]:
         if not found:
             raise CheckpointError(path, "there is no such checkpoint")
         directory = found[0].hidden.path
+    if not directory.exists():
+        raise CheckpointError(path, "it is a link that leads to nothing", "load what stands beside it")
     if not directory.is_dir():
         raise CheckpointError(path, "it is no directory that this library wrote as a checkpoint")
     try:

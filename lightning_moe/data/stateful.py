@@ -112,11 +112,11 @@ class PositionedDataLoader(DataLoader[Batch]):
     The order of an epoch must follow from ``set_epoch``, from the default generators, or from a ``torch.Generator``
     that is the ``generator`` of the loader or of its sampler; and a sampler that draws must not do so in turn with the
     dataset. Random numbers that a dataset draws in worker processes are not part of the position: workers are seeded
-    as at the begin of the epoch.
+    as at the beginning of the epoch.
 
     The state counts samples of all ranks together under a :class:`~torch.utils.data.DistributedSampler`, so it fits
-    another number of ranks with the same global batch. With another global batch, the samples of a batch that would
-    begin in the middle are served again, with a warning.
+    another number of ranks with the same global batch. With another global batch that would begin within one of the
+    old, the samples between are served again, with a warning.
 
     Args:
         *args: As for :class:`~torch.utils.data.DataLoader`.
@@ -192,7 +192,7 @@ class PositionedDataLoader(DataLoader[Batch]):
             restore_generators(begin["default"])
             self._indices.skip = served
             iterator = super().__iter__()
-            self._indices.pass_over()  # here, where the generators are those of the begin
+            self._indices.pass_over()  # here, where the generators are those of the beginning
         finally:
             self._indices.skip = 0
             restore_generators(now)
@@ -206,7 +206,7 @@ class PositionedDataLoader(DataLoader[Batch]):
         }
 
     def _generators(self) -> list[torch.Generator]:
-        """Generators of the user's that an order may come from, each once."""
+        """Generators that the order of an epoch or the seeds of workers may come from, each once."""
         found = [getattr(place, "generator", None) for place in (self, *_samplers(self))]
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 

@@ -104,3 +104,13 @@ def elements(tensor: Tensor, parameter: Tensor) -> Tensor:
     if tensor.stride() != stride:
         tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def stand_in(parameter: Tensor) -> Tensor:
+    """A gradient of NaN that takes one element's memory; torch refuses to add to expanded tensors."""
+    return torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+
+def is_filled(stand_in: Tensor) -> bool:
+    """Whether somebody has filled the tensor, as ``zero_grad(set_to_none=False)`` does: that, torch does not refuse."""
+    return stand_in._version > 0

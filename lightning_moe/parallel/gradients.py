@@ -21,7 +21,7 @@ contributions are added to the float32 bucket, and a fresh copy is handed out at
 Where the optimizer steps a main parameter, the gradient is in one place: in ``parameter.grad`` while it is this rank's
 own, and in the main parameter's once it is reduced. The other one holds NaN, of one element that is expanded to the
 shape. So ``zero_grad`` is noticed on either of them, code that reads the wrong one sees NaN rather than a part of a
-gradient, and code that writes to it fails: torch refuses to write to expanded tensors.
+gradient, and code that adds to it or scales it fails: torch refuses to do so in place with expanded tensors.
 
 [Note: two ways into a bucket]
 Layers that describe their weight gradients (see :mod:`lightning_moe.weight_grad`) write them into the bucket without
@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.buckets import Bucket, Slot, dense_stride, elements
+from lightning_moe.parallel.buckets import Bucket, Slot, dense_stride, elements, is_filled, stand_in
 from lightning_moe.parallel.collectives import start_all_gather, start_all_reduce_, start_reduce_scatter_
 from lightning_moe.parallel.flat import FlatLayout
 from lightning_moe.parallel.layout import Axis
@@ -137,6 +137,7 @@ class GradientReducer:
     @torch.no_grad()
     def arm(self) -> None:
         """Prepare for a backward pass; call :meth:`finish` at its end."""
+        self._mains.follow()  # else the step would reach weights that the model has left behind
         if any(p.requires_grad and p not in self._places for p in self._module.parameters()):
             self._build()  # parameters have been unfrozen
         for bucket in self._buckets:
@@ -281,11 +282,14 @@ class GradientReducer:
         grad = parameter.grad
         slot.arrived = False
         slot.fresh = grad is None or (main is not None and main.grad is None)
-        slot.used = not slot.fresh
         if main is not None:
             assert slot.elsewhere is not None
             if grad is not None and grad is not slot.elsewhere[0] and (slot.hidden or bucket.reduced):
                 _refuse_replaced_grad(slot)
+            if any(map(is_filled, slot.elsewhere)):
+                slot.fresh, slot.elsewhere = True, (stand_in(parameter), stand_in(main))
+        slot.used = not slot.fresh
+        if main is not None:
             if bucket.reduced and not slot.fresh and main.grad is not slot.main_grad:
                 assert main.grad is not None
                 assert slot.main_grad is not None

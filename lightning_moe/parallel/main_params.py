@@ -23,16 +23,17 @@ strategy, that nobody but the next forward pass reads weights. The module then w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from lightning_moe.parallel.buckets import Bucket, Slot, elements, own_shard
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.buckets import Bucket, Slot, elements, own_shard, stand_in
 from lightning_moe.parallel.collectives import start_all_gather_
 
 _MARK = "_gather_in_forward"
@@ -82,6 +83,12 @@ class _Weights:
     shard: Tensor | None
     """Main weights of this rank's shard, where they are not views of ``flat``."""
     gather: dist.Work | None = None
+    versions: list[int] = field(default_factory=list)
+    """Of the parameters, when main weights were last brought in line with them."""
+
+    def read_versions(self) -> list[int]:
+        """How often each parameter has been written; torch does not count what is written through ``.data``."""
+        return [slot.parameter._version for slot in self.bucket.slots]
 
     @property
     def own(self) -> Tensor:
@@ -112,8 +119,10 @@ class MainParams:
         self._wait_in_forward: set[Bucket] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.wait()))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            handle = optimizer.register_step_post_hook(self._after_step)
+            # The user's own hooks may read weights, and find them complete.
+            optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+            self._handles.append(handle)
 
     @property
     def by_main(self) -> dict[Tensor, MainParam]:
@@ -166,7 +175,7 @@ class MainParams:
         for module in root.modules():
             waits = list(dict.fromkeys(of_parameter[p] for p in _promised(module) if p in of_parameter))
             if waits:
-                self._handles.append(module.register_forward_pre_hook(partial(_wait_for, waits), prepend=True))
+                self._handles.append(module.register_forward_pre_hook(_WaitFor(waits), prepend=True))
         self._wait_in_forward = {weights.bucket for weights in of_parameter.values()}
         self.overlap = bool(of_parameter)
 
@@ -188,13 +197,8 @@ class MainParams:
         """
         self.wait()
         for weights in self._weights:
-            self._follow_moved(weights)
-            if weights.shard is not None:
-                _follow(weights.shard, weights.own)
-            elif weights.flat is None:
-                for slot in weights.bucket.slots:
-                    if slot.main is not None:
-                        _follow(slot.main, slot.parameter)
+            _follow_moved(weights)
+            _follow_values(weights)
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor], module: nn.Module) -> None:
@@ -211,26 +215,20 @@ class MainParams:
                 each.main.copy_(value)
 
     @torch.no_grad()
-    def follow_moved(self) -> None:
-        """Take back parameters whose ``data`` somebody has replaced by another tensor."""
+    def follow(self) -> None:
+        """Follow weights that somebody has written or replaced, as far as this is seen without reading them."""
         for weights in self._weights:
-            self._follow_moved(weights)
-
-    def _follow_moved(self, weights: _Weights) -> None:
-        if weights.flat is None:
-            return
-        first, size = weights.flat.data_ptr(), weights.flat.element_size()
-        for slot in weights.bucket.slots:
-            if slot.parameter.numel() and slot.parameter.data_ptr() != first + size * slot.view.storage_offset():
-                view = weights.flat.as_strided(slot.view.shape, slot.view.stride(), slot.view.storage_offset())
-                view.copy_(slot.parameter)
-                slot.parameter.data = view
-                if weights.shard is not None:
-                    _follow(weights.shard, weights.own)
+            if _follow_moved(weights) or weights.read_versions() != weights.versions:
+                weights.wait()
+                _follow_values(weights)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Bring what the optimizer has stepped into the weights."""
+        """Bring what the optimizer has stepped into the weights.
+
+        There is no hook before the step that waits for the gathers of the step before: Lightning runs forward and
+        backward inside of ``optimizer.step``, so it would wait before forward. The strategy waits after forward.
+        """
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for weights in reversed(self._weights):  # buckets are in the order of backward
             bucket = weights.bucket
@@ -239,17 +237,22 @@ class MainParams:
                 continue
             if not bucket.sharded:
                 torch._foreach_copy_([s.parameter for s in slots], [s.main for s in slots if s.main is not None])
+                weights.versions = weights.read_versions()
                 continue
             if weights.shard is not None:
                 weights.own.copy_(weights.shard)
             assert weights.flat is not None
             assert bucket.group is not None
             weights.gather = start_all_gather_(weights.flat, bucket.group).work
-        if not self.overlap:
+        if not self.overlap or len(optimizer._optimizer_step_post_hooks) > 1 or _global_optimizer_post_hooks:
             self.wait()
 
+    @torch.no_grad()
     def close(self, *, wait: bool = True) -> None:
-        """Detach from modules and optimizers, which keep what they hold.
+        """Detach from modules and optimizers, and free the buffers.
+
+        Optimizers keep their main parameters, for a checkpoint after training, but in host memory and without
+        gradients: as Lightning leaves a model and the optimizers' state.
 
         Args:
             wait: Whether to wait for the weights; False after an error, when other ranks may be gone.
@@ -258,7 +261,10 @@ class MainParams:
             self.wait()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._weights, self._wait_in_forward = [], [], set()
+        for main in self._by_main:
+            main.grad = None
+            main.data = main.data.cpu()
 
 
 def _make_main(slot: Slot, weights: _Weights) -> MainParam:
@@ -272,7 +278,7 @@ def _make_main(slot: Slot, weights: _Weights) -> MainParam:
     else:
         slot.main = nn.Parameter(parameter.detach().to(slot.view.dtype))
         slot.main_grad = slot.view
-    slot.elsewhere = _elsewhere(parameter), _elsewhere(slot.main)
+    slot.elsewhere = stand_in(parameter), stand_in(slot.main)
     return MainParam(parameter, slot.main, slot.run if bucket.sharded else None)
 
 
@@ -281,8 +287,34 @@ def _views(bucket: Bucket, flat: Tensor) -> Iterable[tuple[Slot, Tensor]]:
         yield slot, flat.as_strided(slot.view.shape, slot.view.stride(), slot.view.storage_offset())
 
 
-def _elsewhere(parameter: Tensor) -> Tensor:
-    return torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+def _follow_moved(weights: _Weights) -> bool:
+    """Take back parameters whose ``data`` somebody has replaced by another tensor; return whether there were any."""
+    if weights.flat is None:
+        return False
+    first, size = weights.flat.data_ptr(), weights.flat.element_size()
+    moved = [
+        slot
+        for slot in weights.bucket.slots
+        if slot.parameter.numel() and slot.parameter.data_ptr() != first + size * slot.view.storage_offset()
+    ]
+    for slot in moved:
+        if slot.parameter.dtype != weights.flat.dtype:
+            _refuse_new_dtype(slot, weights.flat.dtype)
+        weights.wait()
+        view = weights.flat.as_strided(slot.view.shape, slot.view.stride(), slot.view.storage_offset())
+        view.copy_(slot.parameter)
+        slot.parameter.data = view
+    return bool(moved)
+
+
+def _follow_values(weights: _Weights) -> None:
+    if weights.shard is not None:
+        _follow(weights.shard, weights.own)
+    elif weights.flat is None:
+        for slot in weights.bucket.slots:
+            if slot.main is not None:
+                _follow(slot.main, slot.parameter)
+    weights.versions = weights.read_versions()
 
 
 def _follow(main: Tensor, weight: Tensor) -> None:
@@ -302,6 +334,24 @@ def _replace(optimizer: Optimizer, mains: Mapping[nn.Parameter, MainParam]) -> N
         optimizer.state[mains[parameter].main] = state
 
 
-def _wait_for(weights: Sequence[_Weights], *_: Any) -> None:
-    for each in weights:
-        each.wait()
+class _WaitFor:
+    """Forward pre-hook of a module that waits for its weights."""
+
+    def __init__(self, weights: Sequence[_Weights]) -> None:
+        self._weights = weights
+
+    def __call__(self, *_: Any) -> None:
+        for each in self._weights:
+            each.wait()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _WaitFor, ((),)  # a copied module takes its hooks along; its weights are its own
+
+
+def _refuse_new_dtype(slot: Slot, dtype: torch.dtype) -> None:
+    raise ConfigError(
+        f"parameter {slot.name}",
+        slot.parameter.dtype,
+        str(dtype),
+        "an optimizer steps a shard of it already: set Trainer(precision=...), or change dtypes in configure_model",
+    )

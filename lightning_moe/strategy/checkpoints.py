@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,7 +27,8 @@ class RunCheckpoints:
 
     Args:
         group: Ranks that write together; on a background thread, so it is used for nothing else. None for one process.
-        background: Whether :meth:`save` returns as soon as there is a copy in host memory.
+        background: Whether :meth:`save` returns as soon as there is a copy in host memory, between :meth:`start` and
+            :meth:`finish`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, background: bool = False) -> None:
@@ -35,6 +37,11 @@ class RunCheckpoints:
         self._host = HostCopy()
         self._obsolete: list[Path] = []
         self._saving = False
+        self._running = False
+
+    def start(self) -> None:
+        """A run begins, which will end with :meth:`finish`; on this rank alone."""
+        self._running = True
 
     def save(
         self,
@@ -43,6 +50,8 @@ class RunCheckpoints:
         meta: Mapping[str, Any],
         late: Callable[[dist.ProcessGroup | None], Mapping[str, Any]],
         step: int,
+        *,
+        at_once: bool = False,
     ) -> None:
         """Write a checkpoint, now or in the background.
 
@@ -52,14 +61,16 @@ class RunCheckpoints:
             meta: Plain values.
             late: Gives more plain values; called where the checkpoint is written, with the group to communicate over.
             step: Optimizer steps so far.
+            at_once: Whether it must be on disk when this returns.
 
         Raises:
             CheckpointError: This checkpoint, or the one before that was written in the background, failed.
         """
-        if self._writer is None:
+        self.wait()  # the host copy of the one before is free again
+        # After the end of a run nobody would wait, and the process may end while the checkpoint is being written.
+        if self._writer is None or at_once or not self._running:
             _write(path, state, meta, late, step, self._group)
             return
-        self.wait()  # the host copy of the one before is free again
         copied, plain = self._host.take(state), deepcopy(dict(meta))
         self._saving = True
         self._writer.submit(partial(_write, path, copied, plain, late, step, self._group))
@@ -92,8 +103,8 @@ class RunCheckpoints:
 
     @property
     def unfinished(self) -> bool:
-        """Whether something may still be under way; on this rank alone."""
-        return self._writer is not None and (self._saving or bool(self._obsolete))
+        """Whether a checkpoint may still be under way, the same on all ranks; not a collective call."""
+        return self._saving
 
     def wait(self) -> None:
         """Wait until everything that was saved is on disk, and what it replaces is gone.
@@ -107,16 +118,37 @@ class RunCheckpoints:
         for path in obsolete:
             store.remove(path)
 
+    def finish(self) -> None:
+        """The run ends: wait, and give the memory of the copies back.
+
+        Raises:
+            CheckpointError: Writing in the background has failed.
+        """
+        self._running = False
+        try:
+            self.wait()
+        finally:
+            self._host = HostCopy()
+
+
+def are_linked(trainer: pl.Trainer) -> bool:
+    """Whether a callback makes ``last.ckpt`` a link to each checkpoint as soon as saving it returns.
+
+    The link would lead to nothing until the checkpoint is there, and after a kill for good: ``ckpt_path="last"`` would
+    begin anew, silently. Where not even the folder is there yet, Lightning fails.
+    """
+    return any(getattr(callback, "save_last", None) == "link" for callback in trainer.checkpoint_callbacks)
+
 
 def local_path(path: str | Path) -> Path:
-    """The path on the local file system.
+    """The absolute path on the local file system; the working directory may change before it is used.
 
     Raises:
         ConfigError: It is a remote one; ``Path("s3://bucket/a")`` would be a directory ``s3:`` on the local disk.
     """
     if not _is_local_file_protocol(path):
         raise ConfigError("filepath", str(path), "a local path", "copy the directory there after the run")
-    return Path(str(path).removeprefix("file://"))
+    return Path(str(path).removeprefix("file://")).absolute()
 
 
 def _write(

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.main_params import MainParams
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import sharded_parameters
 
@@ -59,6 +60,23 @@ def check_callbacks(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
             raise ConfigError("trainer.callbacks", type(callback).__name__, allowed, why)
 
 
+def check_finetuning(trainer: pl.Trainer, mains: MainParams) -> None:
+    """Refuse callbacks that look the optimizer's parameters up in the model, where main parameters are not.
+
+    Raises:
+        ConfigError: Names the callback and what to use instead.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning) and mains.by_main:
+            raise ConfigError(
+                "trainer.callbacks",
+                type(callback).__name__,
+                "requires_grad_() and optimizer.add_param_group() in on_train_epoch_start",
+                "it names the parameters that optimizers hold, which are main parameters; float32 weights with "
+                "MoEStrategy(optimizer_sharding=False) have none",
+            )
+
+
 def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule) -> None:
     """Refuse optimizers whose steps would differ between ranks.
 
@@ -81,7 +99,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
                     f"configure_optimizers: {name}",
                     f"a parameter of shape {tuple(parameter.shape)} outside of the module",
                     "parameters of the LightningModule",
-                    "assign it to an attribute of the module; keep lists of parameters in an nn.ParameterList",
+                    "assign it to an attribute of the module; keep lists of parameters in an nn.ParameterList; make "
+                    "a new optimizer for each fit, as one that has been in a fit may hold shards",
                 )
 
 

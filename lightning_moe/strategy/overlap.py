@@ -5,6 +5,9 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from lightning_moe.parallel.main_params import MainParams
 
 _HOOKS = (
     "on_train_batch_end",
@@ -13,6 +16,8 @@ _HOOKS = (
     "on_after_batch_transfer",
     "transfer_batch_to_device",
     "lr_scheduler_step",
+    "optimizer_step",
+    "on_validation_model_eval",
 )
 """Hooks that run in that time and are not the strategy's own."""
 
@@ -45,3 +50,24 @@ def forward_alone_reads_weights(trainer: pl.Trainer) -> bool:
         and any(is_overridden(hook, callback, pl.Callback) for hook in _HOOKS if hasattr(pl.Callback, hook))
         for callback in trainer.callbacks  # type: ignore[attr-defined]
     )
+
+
+class WaitForWeights(pl.Callback):
+    """Waits for weights where training pauses: hooks at these places may read them, and are not counted as readers.
+
+    It has to be the first callback. The strategy itself does not learn in time that an epoch ends: a timer may stop
+    training after any step, and some data loaders know their last batch afterwards only.
+    """
+
+    reads_weights = False
+
+    def __init__(self, mains: MainParams) -> None:
+        self._mains = mains
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mains.wait()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mains.wait()

@@ -91,9 +91,8 @@ def restore_positions(trainer: pl.Trainer, positions: Mapping[str, Any], then: C
     Args:
         trainer: The trainer, in ``on_train_start``.
         positions: What :func:`capture_positions` or :func:`take_lightnings_states` returned.
-        then: Restores the default generators. Called at the moment that the end of the last step was in the other run:
-            in the middle of an epoch, that run did not draw what is drawn to get there again; at the begin of one, it
-            drew to make the iterators of loaders.
+        then: Restores the default generators. In the middle of an epoch it is called after the iterators of loaders
+            are made: the run that was not interrupted did not draw for them. Between epochs it is called before.
 
     Raises:
         ConfigError: The training loaders are not those of the checkpoint.

@@ -85,6 +85,7 @@ class MeshStrategy(ParallelStrategy):
         self._timeout = timedelta(seconds=timeout_seconds)
         self._mesh: ParallelMesh | None = None
         self._together: bool | None = None
+        self._setups = 0
 
     @property
     def mesh(self) -> ParallelMesh:
@@ -157,6 +158,7 @@ class MeshStrategy(ParallelStrategy):
         if self._mesh is None or self._mesh.group(Axis.WORLD) is not dist.group.WORLD:
             self._mesh = ParallelMesh.build(self.parallel, self._timeout)
         self._together = None
+        self._setups += 1
 
     def ranks_are_together(self) -> bool:
         """Whether collective calls find their partners.
@@ -169,7 +171,7 @@ class MeshStrategy(ParallelStrategy):
             return True
         if self._together is None:
             world_size = dist.get_world_size() if _distributed_is_initialized() else 1
-            place = f"{trainer.state.fn}/{trainer.global_step}"
+            place = f"{self._setups}/{trainer.state.fn}/{trainer.global_step}"
             self._together = world_size == 1 or meet(place, dist.get_rank(), world_size, _PATIENCE)
         return self._together
 

@@ -40,11 +40,12 @@ from lightning_moe.parallel.state import (
     gather_full_state_dict,
     load_full_state_dict,
 )
-from lightning_moe.strategy.checkpoints import RunCheckpoints, local_path
+from lightning_moe.strategy.checkpoints import RunCheckpoints, are_linked, local_path
 from lightning_moe.strategy.checks import (
     check_axes,
     check_callbacks,
     check_evaluation_lengths,
+    check_finetuning,
     check_optimizers,
     check_same_batch,
     check_shards,
@@ -53,7 +54,7 @@ from lightning_moe.strategy.checks import (
 from lightning_moe.strategy.elementwise import check_elementwise
 from lightning_moe.strategy.evaluation import finishes_dataloader
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
-from lightning_moe.strategy.overlap import forward_alone_reads_weights
+from lightning_moe.strategy.overlap import WaitForWeights, forward_alone_reads_weights
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
 from lightning_moe.strategy.resume import ExactResume, gather
@@ -81,7 +82,8 @@ class MoEStrategy(MeshStrategy):
         optimizer_sharding: Whether optimizers step shards of the parameters (ZeRO stage 1): ranks that hold the same
             parameters divide the optimizer's state and work among themselves. The optimizer must treat every element by
             itself; False keeps whole parameters, for those that do not, such as Muon.
-        async_checkpoint: Whether training goes on while checkpoints are written from a copy in host memory.
+        async_checkpoint: Whether training goes on while checkpoints are written from a copy in host memory; not with
+            ``ModelCheckpoint(save_last="link")``, which needs them on disk.
         accelerator: Set by the Trainer.
         parallel_devices: Set by the Trainer.
         cluster_environment: Set by the Trainer.
@@ -126,6 +128,7 @@ class MoEStrategy(MeshStrategy):
         self._async_checkpoint = async_checkpoint
         self._reducer: GradientReducer | None = None
         self._mains = MainParams()
+        self._loaded_main_weights: dict[str, Tensor] = {}
         self._checkpoints = RunCheckpoints()
         self._resume = ExactResume()
         self._rng: AxisRng | None = None
@@ -143,6 +146,7 @@ class MoEStrategy(MeshStrategy):
         if self.mesh is not mesh_before:
             group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="checkpoint")
             self._checkpoints = RunCheckpoints(group, background=self._async_checkpoint)
+        self._checkpoints.start()
         for layer in self._moe_layers():  # before callbacks copy the module: weight averaging keeps this rank's experts
             layer.shard_(self.mesh)
 
@@ -173,8 +177,10 @@ class MoEStrategy(MeshStrategy):
             for optimizer in optimizers:
                 if self._mains.shards(optimizer):
                     check_elementwise(optimizer, self._mains.by_main)
+            check_finetuning(trainer, self._mains)
             if forward_alone_reads_weights(trainer):
                 self._mains.overlap_with(trainer.lightning_module)
+                trainer.callbacks.insert(0, WaitForWeights(self._mains))  # type: ignore[attr-defined]
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -211,7 +217,6 @@ class MoEStrategy(MeshStrategy):
         reducer = self._reducer
         if reducer is None or not closure_loss.requires_grad:
             return
-        self._mains.wait()
         reducer.arm()
 
         def finish_with_this_backward(_: Tensor) -> None:
@@ -242,8 +247,6 @@ class MoEStrategy(MeshStrategy):
         for module in self.lightning_module.modules():
             if isinstance(module, TopKRouter):
                 module.update_expert_bias(self.mesh.active_group(Axis.DATA_CONTEXT_TENSOR))
-        if self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._mains.wait()  # hooks at the end of an epoch may read weights
         return output
 
     def full_grad(self, parameter: torch.nn.Parameter) -> Tensor | None:
@@ -277,6 +280,8 @@ class MoEStrategy(MeshStrategy):
         self._rng = AxisRng(self.mesh, seed)
         self._resume.start_training(trainer, self._rng)
         self._batch_checked = False
+        self._mains.load(self._loaded_main_weights, self.lightning_module)
+        self._loaded_main_weights = {}
         self._mains.refresh()  # hooks may have written weights since the optimizer was made
 
     @override
@@ -294,7 +299,9 @@ class MoEStrategy(MeshStrategy):
         # drop the same units of different samples on all of them.
         self._mains.wait(marked=False)
         with self._rng.fork("replicated"):
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+        self._mains.wait()  # for modules that this step has not called
+        return output
 
     # ---- evaluation
 
@@ -352,10 +359,10 @@ class MoEStrategy(MeshStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._mains.wait()  # a gather under way would write over what is loaded
         super().load_model_state_dict(checkpoint, strict)
-        assert self.lightning_module is not None
-        self._mains.load(checkpoint.get(contents.MAIN_WEIGHTS, {}), self.lightning_module)
-        self._mains.refresh()
+        # Not loaded yet: weight averaging puts the average into the model first, and the weights a little later.
+        self._loaded_main_weights = checkpoint.get(contents.MAIN_WEIGHTS, {})
 
     @override
     def save_checkpoint(
@@ -369,14 +376,17 @@ class MoEStrategy(MeshStrategy):
             rank_zero_warn(f"{filepath} is not saved: not all ranks have stopped at this step.", stacklevel=2)
             return
         assert self.lightning_module is not None
-        path = local_path(self.broadcast(filepath))
-        if self._mesh is not None:  # there is none in the main process of spawn
+        path = self.broadcast(local_path(filepath))
+        own, linked = None, False
+        if self._mesh is not None:  # there is none in the main process of spawn, whose module has no trainer either
+            trainer = self.lightning_module.trainer
             broadcast_buffers(self.lightning_module, self._mesh)  # the checkpoint's tensors share the module's memory
-        own = self._resume.capture(checkpoint, self.lightning_module.trainer, self._rng, self._mesh)
+            own, linked = self._resume.capture(checkpoint, trainer, self._rng, self._mesh), are_linked(trainer)
         state, meta = contents.pack(
             checkpoint, self.lightning_module, self._plain_optimizers(), self._mains.by_main, self._mesh
         )
-        self._checkpoints.save(path, state, meta, partial(gather, own), checkpoint["global_step"])
+        step = checkpoint["global_step"]
+        self._checkpoints.save(path, state, meta, partial(gather, own), step, at_once=linked)
 
     def wait_for_checkpoints(self) -> None:
         """Wait until every checkpoint that was saved is on disk; a collective call.
@@ -390,7 +400,7 @@ class MoEStrategy(MeshStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         module = self.lightning_module
         assert module is not None
-        path = local_path(self.broadcast(checkpoint_path))
+        path = self.broadcast(local_path(checkpoint_path))
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         optimizers = self._plain_optimizers() if fitting else []
         mains = self._mains.by_main if fitting else {}
@@ -452,12 +462,15 @@ class MoEStrategy(MeshStrategy):
     def teardown(self) -> None:
         module = self.lightning_module
         trainer = None if module is None else module._trainer
+        if trainer is not None:
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, WaitForWeights)]
         if self._reducer is not None:
             self._reducer.close()
             self._reducer = None
         self._mains.close(wait=trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED)
-        if self._checkpoints.unfinished and self.ranks_are_together():
-            self._checkpoints.wait()
+        if not self._checkpoints.unfinished or self.ranks_are_together():
+            self._checkpoints.finish()
         if module is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             if self._layer_sync is not None:
                 self.model = self._layer_sync.revert(module)

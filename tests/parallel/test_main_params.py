@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -229,6 +232,14 @@ def zero_in_many_ways(shard: bool) -> list[float]:
     module.zero_grad()
     backward()
     note()  # 1.5
+    module.zero_grad(set_to_none=False)
+    backward()
+    note()  # 1.5
+    optimizer.zero_grad()
+    backward(sync=False)
+    optimizer.zero_grad(set_to_none=False)
+    backward()
+    note()  # 1.5
     stepped.grad.mul_(10)  # as clipping does
     backward()
     note()  # 16.5
@@ -241,7 +252,7 @@ def zero_in_many_ways(shard: bool) -> list[float]:
 @pytest.mark.parametrize("shard", [False, True])
 def test_starting_over_is_noticed(ranks: RankPool, shard: bool) -> None:
     for seen in ranks.run(2, zero_in_many_ways, shard):
-        assert seen == [1.5, 3.0, 1.5, 1.5, 1.5, 3.0, 1.5, 1.5, 16.5, 2.5]
+        assert seen == [1.5, 3.0, 1.5, 1.5, 1.5, 3.0, 1.5, 1.5, 1.5, 1.5, 16.5, 2.5]
 
 
 def look_at_gradients() -> tuple[bool, bool, list[float], str]:
@@ -309,6 +320,106 @@ def write_weights(dtype: torch.dtype) -> list[bool]:
 def test_weights_that_somebody_writes_are_followed(ranks: RankPool, dtype: torch.dtype) -> None:
     """In place, as loading a checkpoint does, or by another tensor."""
     assert ranks.run(2, write_weights, dtype) == [[True, True]] * 2
+
+
+def write_between_steps(dtype: torch.dtype, shard: bool, way: str) -> bool:
+    mesh = ParallelMesh.build(ParallelConfig())
+    net = Net(mesh, dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    reducer = GradientReducer(net, mesh, 6000, MainParams([optimizer]), shard=shard)
+    for number in range(3):
+        if number == 2:
+            for parameter in net.parameters():
+                if way == "data":
+                    parameter.data = torch.full_like(parameter, 0.5)
+                else:
+                    torch.nn.init.constant_(parameter, 0.5)
+        reducer.arm()
+        (sum(p.sum() for p in net.parameters()) * 0.25).backward()
+        reducer.finish()
+        optimizer.step()
+        optimizer.zero_grad()
+    return all(bool((p == 0.25).all()) for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shard", "way"),
+    [
+        (torch.float32, True, "in place"),
+        (torch.float32, True, "data"),
+        (torch.bfloat16, True, "in place"),
+        (torch.bfloat16, True, "data"),
+        (torch.bfloat16, False, "in place"),
+    ],
+    ids=str,
+)
+def test_weights_that_somebody_writes_between_steps_are_stepped(
+    ranks: RankPool, dtype: torch.dtype, shard: bool, way: str
+) -> None:
+    assert ranks.run(2, write_between_steps, dtype, shard, way) == [True, True]
+
+
+def change_dtype() -> str:
+    mesh = ParallelMesh.build(ParallelConfig())
+    net = Net(mesh)
+    reducer = GradientReducer(net, mesh, 6000, MainParams([torch.optim.SGD(net.parameters())]), shard=True)
+    net.to(torch.bfloat16)
+    with pytest.raises(ConfigError) as refused:
+        reducer.arm()
+    return str(refused.value)
+
+
+def test_a_dtype_that_changes_later_is_refused(ranks: RankPool) -> None:
+    assert "torch.bfloat16 is not allowed; allowed: torch.float32" in ranks.run(2, change_dtype)[0]
+
+
+def read_in_hook_and_copy() -> tuple[bool, bool]:
+    mesh = ParallelMesh.build(ParallelConfig())
+    net = Net(mesh)
+    gather_in_forward(net.blocks[0])
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    seen: list[bool] = []
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.register_step_post_hook(
+        lambda *_: seen.append(all(torch.equal(p, old - 1) for p, old in zip(net.parameters(), before, strict=True)))
+    )
+    mains = MainParams([optimizer])
+    reducer = GradientReducer(net, mesh, 6000, mains, shard=True)
+    mains.overlap_with(net)
+    copied = copy.deepcopy(net)  # the hook that waits holds process groups
+    for main in mains.by_main:
+        main.grad = torch.ones_like(main)
+    optimizer.step()
+    alike = all(torch.equal(p, old) for p, old in zip(copied.parameters(), before, strict=True))
+    reducer.close()
+    mains.close()
+    return seen == [True], alike
+
+
+def test_the_users_own_hooks_see_whole_weights_and_modules_can_be_copied(ranks: RankPool) -> None:
+    assert ranks.run(2, read_in_hook_and_copy) == [(True, True)] * 2
+
+
+def close_and_look() -> tuple[bool, bool, bool]:
+    mesh = ParallelMesh.build(ParallelConfig())
+    net = Net(mesh)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    mains = MainParams([optimizer])
+    reducer = GradientReducer(net, mesh, 6000, mains, shard=True)
+    reducer.arm()
+    net(torch.ones(2, WIDTH)).backward()
+    reducer.finish()
+    grads = [weakref.ref(main.grad.untyped_storage()) for main in mains.by_main if main.grad is not None]
+    reducer.close()
+    mains.close()
+    gc.collect()
+    held = all(p in mains.by_main for group in optimizer.param_groups for p in group["params"])
+    return len(grads) > 0, all(grad() is None for grad in grads), held
+
+
+def test_buffers_are_freed_and_main_parameters_kept(ranks: RankPool) -> None:
+    """A checkpoint may still be saved after training."""
+    assert ranks.run(2, close_and_look) == [(True, True, True)] * 2
 
 
 def unfreeze() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

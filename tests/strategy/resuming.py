@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_moe import ParallelConfig
+from lightning_moe import MoEStrategy, ParallelConfig
 from lightning_moe.layers import ColumnParallelLinear, RowParallelLinear
 from lightning_moe.layers.token_layout import TokenLayout
 from tests.strategy.tiny import WIDTH, Sequences, TinyMoE, trainer
@@ -78,7 +78,9 @@ class Planning(Dropping):
     """Asks how long it will train before the checkpoint is loaded, for which Lightning sets up the data."""
 
     def configure_optimizers(self) -> Any:
+        assert self.trainer.fit_loop._combined_loader is None
         assert self.trainer.estimated_stepping_batches > 0
+        assert self.trainer.fit_loop._combined_loader is not None
         return super().configure_optimizers()
 
 
@@ -109,6 +111,7 @@ def fit(
     save_after: Path | None = None,
     module: type[Dropping] = Dropping,
     val: Callable[[], Any] | None = None,
+    background: bool = False,
     **settings: Any,
 ) -> list[Step]:
     """Train on this rank from a process state that follows from ``seed``; returns what was done step by step."""
@@ -117,7 +120,7 @@ def fit(
     run = trainer(
         world_size,
         0,
-        parallel or ParallelConfig(),
+        strategy=MoEStrategy(parallel or ParallelConfig(), bucket_megabytes=0.002, async_checkpoint=background),
         callbacks=[trace, *callbacks],
         enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
         **{"max_epochs": None, **settings},

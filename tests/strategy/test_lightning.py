@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -246,6 +247,25 @@ def test_pruning_is_refused_by_name(ranks: RankPool) -> None:
     error = failure.value.__cause__
     assert isinstance(error, ConfigError)
     assert error.value == "ModelPruning"
+
+
+class Finetuning(BaseFinetuning):
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        """Nothing."""
+
+    def finetune_function(self, *args: Any) -> None:
+        """Nothing."""
+
+
+def refuse_finetuning() -> str:
+    with pytest.raises(ConfigError) as refused:
+        fit_with([Finetuning()])
+    return str(refused.value.value)
+
+
+def test_finetuning_of_sharded_optimizers_is_refused_by_name(ranks: RankPool) -> None:
+    """It would end in a KeyError: it looks for the optimizer's parameters in the model."""
+    assert ranks.run(2, refuse_finetuning, init_process_group=False) == ["Finetuning"] * 2
 
 
 class InInit(TinyMoE):

@@ -35,6 +35,11 @@ class ReadingModule(TinyMoE):
         """May read weights as well."""
 
 
+class SteppingModule(TinyMoE):
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """May write weights after the step."""
+
+
 class Manual(TinyMoE):
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +55,7 @@ class Manual(TinyMoE):
         (TinyMoE, [Harmless(), Reader()], False),
         (TinyMoE, [EMAWeightAveraging()], False),
         (ReadingModule, [], False),
+        (SteppingModule, [], False),
         (Manual, [], False),
     ],
 )
@@ -120,3 +126,40 @@ def test_promised_modules_wait_for_their_own_weights(ranks: RankPool) -> None:
 def test_nothing_is_pending_where_somebody_may_read(ranks: RankPool) -> None:
     for at_start, in_forward in ranks.run(2, fit, True, init_process_group=False):
         assert at_start == in_forward == [0] * 4
+
+
+class ReadsAtTheEdges(pl.Callback):
+    """Hooks that come before the strategy's own, in the middle of an epoch and where training stops."""
+
+    def __init__(self) -> None:
+        self.pending: list[int] = []
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.pending.append(sum(w.gather is not None for w in trainer.strategy._mains._weights))  # type: ignore[attr-defined]
+
+    on_train_epoch_end = on_train_end = on_validation_start
+
+
+def fit_with_validation(max_steps: int) -> tuple[list[int], list[int]]:
+    module, callback = Watched(), ReadsAtTheEdges()
+    run = trainer(
+        2,
+        0,
+        strategy=MoEStrategy(ParallelConfig(), bucket_megabytes=0.002),
+        callbacks=[callback],
+        max_steps=max_steps,
+        max_epochs=2,
+        val_check_interval=3,
+        num_sanity_val_steps=0,
+    )
+    data = loader(64, 8, 2, run.global_rank)
+    run.fit(module, data, loader(16, 8, 2, run.global_rank))
+    return callback.pending, module.pending_at_start
+
+
+@pytest.mark.parametrize("max_steps", [5, -1])
+def test_weights_are_whole_where_training_pauses(ranks: RankPool, max_steps: int) -> None:
+    for pending, at_start in ranks.run(2, fit_with_validation, max_steps, init_process_group=False):
+        assert set(pending) == {0}
+        assert len(pending) >= 3
+        assert max(at_start) > 0

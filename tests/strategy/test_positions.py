@@ -92,11 +92,16 @@ def stream(data: type[Stream]) -> DataLoader[Any]:
     return DataLoader(data(), batch_size=4)
 
 
+def beside_a_stream() -> dict[str, DataLoader[Any]]:
+    return {"first": shuffled(dataset=Sequences), "second": stream(StatefulStream)}
+
+
 def validation() -> DataLoader[Any]:
     return shuffled(8, shuffle=False)
 
 
 OWN_SAMPLER: dict[str, Any] = {"use_distributed_sampler": False}
+EARLY: dict[str, Any] = {"module": Planning, "max_epochs": 9}
 LOADERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "workers": (partial(shuffled, dataset=Sequences, num_workers=2, **FORKED), {}),
     "workers that live on": (
@@ -115,15 +120,16 @@ LOADERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "accumulation": (partial(shuffled, 48), {"accumulate_grad_batches": 2}),
     "validation in mid-epoch": (shuffled, {"val": validation, "val_check_interval": 2}),
     "validation after an epoch": (shuffled, {"val": validation}),
-    "the data set up early": (shuffled, {"module": Planning}),
+    "the data set up early": (shuffled, EARLY),
     "some batches of an epoch": (shuffled, {"limit_train_batches": 4}),
     "overfitting": (shuffled, {"overfit_batches": 5}),
     "another loader each epoch": (shuffled, {"reload_dataloaders_every_n_epochs": 1, "same_seed": True}),
-    "numbered samples": (numbered, {"module": Planning}),
-    "the user's stateful loader": (partial(stateful, 0), {"module": Planning}),
+    "numbered samples": (numbered, EARLY),
+    "the user's stateful loader": (partial(stateful, 0), EARLY),
     # Asked for its state after training, as Lightning does, it starts workers that take ten seconds to end.
     "the user's stateful loader, workers": (partial(stateful, 2), {"later": False}),
     "the user's stateful loader, some batches": (partial(stateful, 0), {"limit_train_batches": 4}),
+    "beside a stream": (beside_a_stream, {}),
     "a stream": (partial(stream, StatefulStream), {}),
 }
 
@@ -255,7 +261,7 @@ def go_on_from_plain_lightning(folder: str) -> tuple[list[list[int]], list[list[
     for parallel, path in ((None, None), (ParallelConfig(), f"{folder}/step=2.ckpt")):
         indices = Indices()
         callbacks = [indices, every_step(folder)]
-        run = trainer(1, 0, parallel, callbacks=callbacks, enable_checkpointing=True, max_steps=5, max_epochs=None)
+        run = trainer(1, 0, parallel, callbacks=callbacks, enable_checkpointing=True, max_steps=5, max_epochs=9)
         run.fit(Planned(), stateful(0), ckpt_path=path)
         seen.append(indices.seen)
     return seen[0], seen[1]

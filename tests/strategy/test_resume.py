@@ -44,6 +44,7 @@ def interrupt(world_size: int, parallel: ParallelConfig, precision: str, folder:
         world_size=world_size,
         parallel=parallel,
         precision=precision,
+        background=world_size == 2,  # where the states of ranks are gathered on another thread, later
     )
     whole = run(1, callbacks=[every_step(folder)], max_steps=STEPS)
     for step in random_steps(world_size):
