@@ -295,9 +295,9 @@ class MoEStrategy(MeshStrategy):
         if not self._batch_checked:
             check_same_batch((args, kwargs), self.mesh)
             self._batch_checked = True
+        self._mains.wait(marked=False)
         # Ranks are seeded alike, so that they build equal models; drawing dropout masks from these generators would
         # drop the same units of different samples on all of them.
-        self._mains.wait(marked=False)
         with self._rng.fork("replicated"):
             output = super().training_step(*args, **kwargs)
         self._mains.wait()  # for modules that this step has not called
