@@ -150,6 +150,7 @@ def test_exception_that_cannot_be_pickled_is_described(ranks: RankPool) -> None:
         ranks.run(1, raise_unpicklable)
 
 
+@pytest.mark.slow
 def test_pool_works_after_one_rank_failed_and_the_other_hung(ranks: RankPool) -> None:
     before = ranks.run(2, process_id)
     with pytest.raises(RankFailure) as caught:
@@ -163,6 +164,7 @@ def test_pool_works_after_one_rank_failed_and_the_other_hung(ranks: RankPool) ->
             os.kill(pid, 0)
 
 
+@pytest.mark.slow
 def test_hang_is_ended_and_shows_where_it_hung(ranks: RankPool) -> None:
     with pytest.raises(RankFailure) as caught:
         ranks.run(2, hang_on, 1, timeout=2)

@@ -231,6 +231,7 @@ TOPOLOGIES = [
 ]
 
 
+@pytest.mark.slow
 def test_four_sharded_ranks_load_as_two_and_as_one_whole(ranks: RankPool, tmp_path: Path) -> None:
     path = tmp_path / "saved"
     ranks.run(4, save, ParallelConfig(expert=2), {path: True})

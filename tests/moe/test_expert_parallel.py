@@ -76,6 +76,7 @@ def skewed(one: Case) -> Case:
     return Case(**(vars(one) | {"state": state, "hidden": hidden}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_float64(ranks: RankPool, num_ranks: int) -> None:
     check(ranks, spread_cases(num_ranks, torch.float64), 1e-12)

@@ -61,6 +61,7 @@ def fit_shuffled(seeded: bool) -> None:
     run.fit(TinyMoE(), DataLoader(Sequences(32), batch_size=4, shuffle=True, generator=generator))
 
 
+@pytest.mark.slow
 def test_ranks_that_share_samples_must_draw_the_same(ranks: RankPool) -> None:
     with pytest.raises(RankFailure) as caught:
         ranks.run(2, fit_shuffled, False, init_process_group=False)

@@ -71,6 +71,7 @@ def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {"folder": folder, **result}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "expert"), TOPOLOGIES)
 def test_resume_at_another_topology(
     ranks: RankPool, saved: dict[str, Any], tmp_path: Path, world_size: int, expert: int
@@ -92,6 +93,7 @@ def test_resume_at_another_topology(
         assert relative_error(value, saved["weights"][name]) <= 1e-12, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", [(5, 0, 3, 6, 1, 7, 2, 4), (7, 6, 5, 4, 3, 2, 1, 0)])
 def test_resume_with_experts_in_other_places(
     ranks: RankPool, saved: dict[str, Any], tmp_path: Path, placement: tuple[int, ...]
@@ -140,6 +142,7 @@ def test_lightnings_consolidation_tool(ranks: RankPool, saved: dict[str, Any], t
     check_losses(resumed["losses"], saved["losses"][2:4], 1e-12)
 
 
+@pytest.mark.slow
 def test_resume_from_a_single_device_file(ranks: RankPool, saved: dict[str, Any], tmp_path: Path) -> None:
     """A plain Lightning checkpoint of a single-device run resumes under expert parallelism, optimizer included."""
     ranks.run(1, fit, 1, 0, str(tmp_path), 2, init_process_group=False)
@@ -149,6 +152,7 @@ def test_resume_from_a_single_device_file(ranks: RankPool, saved: dict[str, Any]
     check_losses(resumed["losses"], saved["losses"][2:4], 1e-12)
 
 
+@pytest.mark.slow
 def test_weight_averaging_survives_resharding(ranks: RankPool, tmp_path: Path) -> None:
     """EMA keeps two copies of every expert; Lightning alone would keep rank 0's."""
     whole_run = ranks.run(2, fit, 2, 2, str(tmp_path / "a"), 4, None, None, True, init_process_group=False)[0]
@@ -159,6 +163,7 @@ def test_weight_averaging_survives_resharding(ranks: RankPool, tmp_path: Path) -
         assert relative_error(value, whole_run["weights"][name]) <= 1e-12, name
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_before_anything_is_read(
     ranks: RankPool, saved: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -249,6 +254,7 @@ def resume_in_process(module: type[TinyMoE], world_size: int, expert: int, folde
     return runs[0], runs[1], getattr(instance, "restored", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [Adafactor, ExtraState, OneLayerTwice, OtherNames, NoOptimizer])
 def test_unusual_modules_and_optimizers_resume(ranks: RankPool, tmp_path: Path, module: type[TinyMoE]) -> None:
     """Every rank gets its own experts and their state back, none those of rank 0."""
@@ -262,6 +268,7 @@ def test_unusual_modules_and_optimizers_resume(ranks: RankPool, tmp_path: Path, 
         assert restored == ({"steps": 2} if module is ExtraState else None)
 
 
+@pytest.mark.slow
 def test_one_layer_twice_equals_a_single_process(ranks: RankPool, tmp_path: Path) -> None:
     """Taken for dense under its second name, it would get rank 0's experts on all ranks."""
     results = ranks.run(2, resume_in_process, OneLayerTwice, 2, 2, str(tmp_path / "2"), init_process_group=False)
@@ -294,6 +301,7 @@ def adapt(folder: str, strict: bool) -> bool:
     return same_head and not torch.equal(module.embed.weight, restored.embed.weight)
 
 
+@pytest.mark.slow
 def test_partial_checkpoints_load_without_strict_loading(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(2, adapt, str(tmp_path), False, init_process_group=False) == [True, True]
     with pytest.raises(RankFailure, match=r"missing in the file: \['embed.bias'"):
@@ -306,6 +314,7 @@ def save_at(path: str) -> None:
     run.save_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_remote_paths_are_refused(ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``Path`` would make a local directory called ``s3:`` of it."""
     monkeypatch.chdir(tmp_path)
@@ -331,6 +340,7 @@ def resume_weight_average(world_size: int, expert: int, folder: str) -> list[flo
     return recorder.losses
 
 
+@pytest.mark.slow
 def test_weight_average_of_a_single_device_resumes(ranks: RankPool, tmp_path: Path) -> None:
     """Its file holds the weights twice, and both have to be cut."""
     ranks.run(1, save_weight_average, str(tmp_path), init_process_group=False)
@@ -350,6 +360,7 @@ def keep_best(world_size: int, expert: int, folder: str) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
+@pytest.mark.slow
 def test_model_checkpoint_keeps_the_best_and_removes_the_rest(ranks: RankPool, tmp_path: Path) -> None:
     """One best and one last directory stay, the same on all ranks."""
     names = ranks.run(2, keep_best, 2, 2, str(tmp_path), init_process_group=False)

@@ -64,6 +64,7 @@ def ten_steps_in_float32(ranks: RankPool) -> Run:
     return ten_steps_reference(ranks, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "expert"), TOPOLOGIES)
 def test_ten_adamw_steps_in_float64(ranks: RankPool, ten_steps_in_float64: Run, world_size: int, expert: int) -> None:
     """Losses, gradients and weights, with clipping and accumulation."""
@@ -71,6 +72,7 @@ def test_ten_adamw_steps_in_float64(ranks: RankPool, ten_steps_in_float64: Run, 
     check_equal(run, ten_steps_in_float64, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "expert"), TOPOLOGIES)
 def test_ten_adamw_steps_in_float32(ranks: RankPool, ten_steps_in_float32: Run, world_size: int, expert: int) -> None:
     """Losses to 1e-6; weights to 2e-5, and the gradients of later steps, which follow from the weights, to 1e-5.
@@ -94,6 +96,7 @@ def test_every_load_balancing_loss(ranks: RankPool, balancing: str) -> None:
     check_equal(parallel(ranks, 2, 2, **settings), reference(ranks, **settings), 1e-12)
 
 
+@pytest.mark.slow
 def test_expert_bias_is_updated_from_all_ranks(ranks: RankPool) -> None:
     """The aux-loss-free bias sees the counts of the global batch, once per optimizer step."""
     settings = {
@@ -256,6 +259,7 @@ class TwoOptimizers(TinyMoE):
         return [torch.optim.AdamW(self.layers.parameters(), lr=1e-2), torch.optim.SGD(rest, lr=1e-2)]
 
 
+@pytest.mark.slow
 def test_two_optimizers_in_turns(ranks: RankPool) -> None:
     """Buckets hold parameters of both; each step sees its own gradients, reduced and clipped by its own global norm."""
     settings = {"dtype": torch.float64, "steps": 8, "module": TwoOptimizers}

@@ -200,6 +200,7 @@ class RankDependentInit(TinyMoE):
                 nn.init.normal_(parameter, std=0.1)
 
 
+@pytest.mark.slow
 def test_replicas_start_equal_without_a_seed(ranks: RankPool) -> None:
     """Weights are broadcast over replicas, dense and expert ones; ``train`` checks every gradient's replicas."""
     run = ranks.run(4, train, 4, 2, steps=3, module=RankDependentInit, init_process_group=False)[0]
@@ -439,6 +440,7 @@ def small_runs(folder: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_trainer_flags(ranks: RankPool, tmp_path: Any) -> None:
     first, second = ranks.run(2, small_runs, str(tmp_path), init_process_group=False)
     assert first == second

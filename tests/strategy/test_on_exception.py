@@ -62,6 +62,7 @@ def resume(folder: str) -> tuple[list[float], list[float], int]:
     return losses[0], losses[1], run.global_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["callback", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_all_ranks_stop_together(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     """The checkpoint is that of the last whole step, and the run goes on from it."""

@@ -123,7 +123,7 @@ WINDOWS: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.
 
 SLOW = pytest.mark.slow
 RUNS = [
-    ("expert", "32-true", "adamw"),
+    pytest.param("expert", "32-true", "adamw", marks=SLOW),
     *(
         pytest.param("expert", precision, optimizer, marks=SLOW)
         for precision in ("32-true", "bf16-true", "bf16-mixed", "16-mixed")

@@ -188,7 +188,7 @@ def trainer(world_size: int, expert: int, parallel: ParallelConfig | None = None
     strategy = settings.pop("strategy", None) or (
         "auto"
         if expert == 0 and parallel is None
-        else MoEStrategy(parallel or ParallelConfig(expert=expert), bucket_megabytes=0.002)
+        else MoEStrategy(parallel or ParallelConfig(expert=expert), bucket_megabytes=0.008)
     )
     defaults: dict[str, Any] = {
         "accelerator": "cpu",

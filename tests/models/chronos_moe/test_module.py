@@ -66,6 +66,7 @@ class _Record(pl.Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true", "bf16-true"])
 def test_fit_learns(tmp_path: Path, precision: str) -> None:
     record = _Record()

@@ -130,6 +130,7 @@ def generate_on(parallel: ParallelConfig) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "parallel"), TOPOLOGIES, ids=topology_name)
 def test_any_topology(ranks: RankPool, world_size: int, parallel: ParallelConfig) -> None:
     """Odd numbers of tokens, which no axis divides; every rank has the tokens of a single process."""

@@ -54,6 +54,7 @@ def module_of(name: str = "untied", **arguments: Any) -> SeededGPTMoE:
     return SeededGPTMoE(replace(CONFIGS[name], init_std=0.05), optimizer, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true", "bf16-true"])
 def test_fit_learns(tmp_path: Path, precision: str) -> None:
     trainer = quiet(tmp_path, max_epochs=30, precision=precision, gradient_clip_val=1.0, check_val_every_n_epoch=30)
