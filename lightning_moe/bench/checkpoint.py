@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_moe.bench.gpt import RandomTokens, bench_config, figures, print_result
+from lightning_moe.bench.gpt import RandomTokens, bench_config, figures, print_result, quiet_trainer
 from lightning_moe.bench.timing import Times
 from lightning_moe.config import GPTMoEConfig, OptimizerConfig, ParallelConfig
 from lightning_moe.models.gpt_moe import GPTMoE
@@ -172,19 +172,8 @@ def measure_saving(options: argparse.Namespace, *, asynchronous: bool) -> tuple[
     gc.collect()  # a trainer before this one still holds its model: they refer to each other
     config = sized_config(options.sequence, options.layers, options.hidden)
     measure = MeasureSaving(options.folder, options.warmup, options.saves, options.between, options.loads)
-    trainer = pl.Trainer(
-        accelerator=options.accelerator,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        strategy=MoEStrategy(ParallelConfig(expert=options.expert), async_checkpoint=asynchronous),
-        precision=options.precision,
-        max_steps=options.warmup + options.saves * options.between,
-        callbacks=[measure],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    pl.seed_everything(0)
+    strategy = MoEStrategy(ParallelConfig(expert=options.expert), async_checkpoint=asynchronous)
+    trainer = quiet_trainer(options, strategy, options.warmup + options.saves * options.between, measure)
     module = GPTMoE(config, OptimizerConfig(learning_rate=1e-4, warmup_steps=0), loss_chunk_tokens=options.loss_chunk)
     trainer.fit(module, DataLoader(RandomTokens(options.batch, options.sequence, config.vocab_size), batch_size=None))
     return config, measure

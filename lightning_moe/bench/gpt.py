@@ -110,21 +110,10 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
     )
     config = bench_config(options.sequence)
     measure = Measure(options.warmup, options.steps, options.profile, options.kernels)
-    trainer = pl.Trainer(
-        accelerator=options.accelerator,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        strategy=MoEStrategy(
-            parallel, bucket_megabytes=options.bucket_megabytes, optimizer_sharding=options.optimizer_sharding
-        ),
-        precision=options.precision,
-        max_steps=options.warmup + options.steps + options.profile,
-        callbacks=[measure],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    strategy = MoEStrategy(
+        parallel, bucket_megabytes=options.bucket_megabytes, optimizer_sharding=options.optimizer_sharding
     )
-    pl.seed_everything(0)
+    trainer = quiet_trainer(options, strategy, options.warmup + options.steps + options.profile, measure)
     module = GPTMoE(
         config,
         OptimizerConfig(learning_rate=1e-4, warmup_steps=0),
@@ -168,6 +157,25 @@ def figures(
         "utilization_of_775_tflops": flops / times.median / world_size / PEAK_FLOPS,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
     }
+
+
+def quiet_trainer(
+    options: argparse.Namespace, strategy: MoEStrategy, max_steps: int, measure: pl.Callback
+) -> pl.Trainer:
+    """A Trainer that does nothing beside training and measuring, with all generators seeded."""
+    pl.seed_everything(0)
+    return pl.Trainer(
+        accelerator=options.accelerator,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        strategy=strategy,
+        precision=options.precision,
+        max_steps=max_steps,
+        callbacks=[measure],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def print_result(result: dict[str, Any], *, on_one_line: bool) -> None:

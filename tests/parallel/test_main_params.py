@@ -18,6 +18,7 @@ from lightning_moe import ConfigError, ParallelConfig, ParallelMesh, ShardSpec, 
 from lightning_moe.parallel.gradients import GradientReducer
 from lightning_moe.parallel.main_params import MainParams, gather_in_forward
 from tests.distributed import RankPool
+from tests.optimizers import Lion
 
 WIDTH = 37  # no multiple of the alignment, so that parameters end in the middle of a vector
 
@@ -44,28 +45,6 @@ class Net(nn.Module):
             x = block(x).tanh()
         out = (x * self.experts.sum(0)).sum() + self.conv(x[:, :27].reshape(-1, 3, 3, 3)).tanh().sum()
         return out * self.idle.sum() if use_idle else out
-
-
-class Lion(torch.optim.Optimizer):
-    """Sign of an interpolated momentum (Chen et al., 2023); the user's own optimizer."""
-
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.mul_(1 - group["lr"] * 0.1).sub_(momentum.mul(0.9).add(p.grad, alpha=0.1).sign(), alpha=group["lr"])
-                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
-        return loss
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

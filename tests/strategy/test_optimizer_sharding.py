@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_moe import ConfigError, MoEStrategy, ParallelConfig
 from lightning_moe.parallel.main_params import gather_in_forward
 from tests.distributed import RankFailure, RankPool
+from tests.optimizers import Simple
 from tests.parallel.test_main_params import OPTIMIZERS
 from tests.strategy.tiny import TinyMoE, loader, trainer
 
@@ -213,21 +214,9 @@ class Norms(TinyMoE):
         return Normalised(self.parameters())
 
 
-class Normalised(torch.optim.Optimizer):
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p.grad / (p.grad.norm() + 1e-6), alpha=group["lr"])
-        return loss
+class Normalised(Simple):
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        return grad / (grad.norm() + 1e-6)
 
 
 def fit_normalised(sharding: bool, parallel: ParallelConfig) -> float:
