@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +12,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,7 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moe.checkpoint import contents
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.layer import MoELayer
@@ -40,7 +36,8 @@ from lightning_moe.parallel.state import (
     gather_full_state_dict,
     load_full_state_dict,
 )
-from lightning_moe.strategy.checkpoints import RunCheckpoints, are_linked, local_path
+from lightning_moe.strategy.checkpointed import CheckpointedStrategy
+from lightning_moe.strategy.checkpoints import RunCheckpoints
 from lightning_moe.strategy.checks import (
     check_axes,
     check_callbacks,
@@ -56,12 +53,11 @@ from lightning_moe.strategy.evaluation import finishes_dataloader
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from lightning_moe.strategy.overlap import WaitForWeights, forward_alone_reads_weights
 from lightning_moe.strategy.precision import globalize
-from lightning_moe.strategy.ranks import MeshStrategy, StartMethod
-from lightning_moe.strategy.resume import ExactResume, gather
+from lightning_moe.strategy.ranks import StartMethod
 from lightning_moe.strategy.sizes import report_sizes
 
 
-class MoEStrategy(MeshStrategy):
+class MoEStrategy(CheckpointedStrategy):
     """Expert, tensor, context and data parallelism for any LightningModule.
 
     Parameters with a :class:`~lightning_moe.parallel.sharding.ShardSpec` (those of
@@ -127,11 +123,6 @@ class MoEStrategy(MeshStrategy):
         self._optimizer_sharding = optimizer_sharding
         self._async_checkpoint = async_checkpoint
         self._reducer: GradientReducer | None = None
-        self._mains = MainParams()
-        self._loaded_main_weights: dict[str, Tensor] = {}
-        self._checkpoints = RunCheckpoints()
-        self._resume = ExactResume()
-        self._rng: AxisRng | None = None
         self._batch_checked = False
         self._trained_weights: dict[str, Any] = {}
 
@@ -344,90 +335,6 @@ class MoEStrategy(MeshStrategy):
         if self.mesh.size(Axis.EXPERT_MODEL) > 1 and finishes_dataloader(self.lightning_module.trainer):
             serve_until_idle(self._moe_layers())
         return output
-
-    # ---- checkpoints
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True  # loading needs this rank's ShardSpecs
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._mains.wait()
-        return super().lightning_module_state_dict()
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._mains.wait()  # a gather under way would write over what is loaded
-        super().load_model_state_dict(checkpoint, strict)
-        # Not loaded yet: weight averaging puts the average into the model first, and the weights a little later.
-        self._loaded_main_weights = checkpoint.get(contents.MAIN_WEIGHTS, {})
-
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
-    ) -> None:
-        if storage_options is not None:
-            raise ConfigError(
-                "storage_options", storage_options, "None", "sharded checkpoints do not use a CheckpointIO"
-            )
-        if not self.ranks_are_together():
-            rank_zero_warn(f"{filepath} is not saved: not all ranks have stopped at this step.", stacklevel=2)
-            return
-        assert self.lightning_module is not None
-        path = self.broadcast(local_path(filepath))
-        own, linked = None, False
-        if self._mesh is not None:  # there is none in the main process of spawn, whose module has no trainer either
-            trainer = self.lightning_module.trainer
-            broadcast_buffers(self.lightning_module, self._mesh)  # the checkpoint's tensors share the module's memory
-            own, linked = self._resume.capture(checkpoint, trainer, self._rng, self._mesh), are_linked(trainer)
-        state, meta = contents.pack(
-            checkpoint, self.lightning_module, self._plain_optimizers(), self._mains.by_main, self._mesh
-        )
-        step = checkpoint["global_step"]
-        self._checkpoints.save(path, state, meta, partial(gather, own), step, at_once=linked)
-
-    def wait_for_checkpoints(self) -> None:
-        """Wait until every checkpoint that was saved is on disk; a collective call.
-
-        Raises:
-            CheckpointError: One of them could not be written.
-        """
-        self._checkpoints.wait()
-
-    @override
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        module = self.lightning_module
-        assert module is not None
-        path = self.broadcast(local_path(checkpoint_path))
-        fitting = module.trainer.state.fn == TrainerFn.FITTING
-        optimizers = self._plain_optimizers() if fitting else []
-        mains = self._mains.by_main if fitting else {}
-        if path.is_file():
-            whole = super().load_checkpoint(path, weights_only)
-            loaded = contents.localize(whole, module, optimizers, mains)
-        else:
-            checkpoint = self._checkpoints.open(path)
-            state = contents.targets(
-                checkpoint.metadata, module, optimizers, mains, path=checkpoint.path, strict=module.strict_loading
-            )
-            checkpoint.read(state)
-            meta = checkpoint.meta(weights_only)
-            self.barrier()  # somebody may remove the checkpoint next
-            loaded = contents.unpack(state, meta, module, optimizers, mains, path=checkpoint.path)
-        if fitting:
-            self._resume.take(loaded, self.mesh)
-        return loaded
-
-    @override
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        if self.is_global_zero:
-            self._checkpoints.remove(local_path(filepath))
-
-    def _plain_optimizers(self) -> list[Optimizer]:
-        plain = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
-        return [optimizer for optimizer in plain if not isinstance(optimizer, _MockOptimizer)]
 
     # ---- the main process of spawn and fork
 
