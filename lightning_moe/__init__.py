@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         MoEConfig,
         OptimizerConfig,
         ParallelConfig,
+        PipelineConfig,
         RopeScaling,
         TextConfig,
     )
@@ -44,6 +45,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ParallelMesh",
+    "PipelineConfig",
     "RopeScaling",
     "SeriesDataModule",
     "ShardSpec",
@@ -64,6 +66,7 @@ def _home_of(name: str) -> str | None:
             | "MoEConfig"
             | "OptimizerConfig"
             | "ParallelConfig"
+            | "PipelineConfig"
             | "RopeScaling"
             | "TextConfig"
         ):

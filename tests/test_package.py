@@ -22,7 +22,9 @@ def test_import_is_lazy() -> None:
     assert run_python(f"import sys, lightning_moe; print(sorted({heavy} & set(sys.modules)))") == "[]\n"
 
 
-@pytest.mark.parametrize("module", ["config", "config.recipe", "errors", "parallel.layout", "cli.main", "cli.check"])
+@pytest.mark.parametrize(
+    "module", ["config", "config.recipe", "errors", "parallel.layout", "cli.main", "cli.check", "cli.bench"]
+)
 def test_torch_free_modules(module: str) -> None:
     code = f"import sys, lightning_moe.{module}; print(sorted({{'torch', 'lightning'}} & set(sys.modules)))"
     assert run_python(code) == "[]\n"

@@ -4,7 +4,8 @@ The layout is that of Lightning's own sharded strategies: models under ``model``
 ``optimizer_1``, ..., and plain values (loop progress, callbacks, hyperparameters) apart, so that
 ``python -m lightning.pytorch.utilities.consolidate_checkpoint`` works on it. ``main_weights`` holds what an optimizer
 steps where the model's weights have fewer digits. Tensors are whole and in logical order, optimizer state and main
-weights are keyed by parameter name: nothing depends on the number of ranks, nor on how an optimizer is sharded.
+weights are keyed by parameter name: nothing depends on the number of ranks, on what stages of a pipeline they hold, nor
+on how an optimizer is sharded.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from lightning_moe.checkpoint.optimizer_state import (
     unmark_sharded,
 )
 from lightning_moe.checkpoint.shards import LogicalShard, to_logical
+from lightning_moe.checkpoint.stages import Stages, held_before, merge_groups, merge_objects
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.main_params import MainParam
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import local_part, state_dict_specs, whole_shape
+from lightning_moe.parallel.sharding import local_part, state_dict_specs
 
 MAIN_WEIGHTS = "main_weights"
 """Key, in Lightning's dictionary as in files, of the main parameters that have more digits than the model's."""
@@ -39,7 +41,8 @@ MAIN_WEIGHTS = "main_weights"
 _MODEL = "model"
 _SECTIONS = {"state_dict": _MODEL, "current_model_state": "current_model_state"}
 _OBJECTS = "objects_of_"
-"""Prefix of what a state dict holds besides tensors (``get_extra_state``): rank 0's is kept with the plain values."""
+"""Prefix of what a state dict holds besides tensors (``get_extra_state``): kept with the plain values, from the first
+rank that has it."""
 _GROUPS = "optimizer_param_groups"
 
 
@@ -51,6 +54,8 @@ def pack(
     mesh: ParallelMesh | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide a Lightning checkpoint dictionary into what all ranks write and what one rank writes.
+
+    A collective call where there are several pipeline stages.
 
     Args:
         checkpoint: Lightning's dictionary. ``state_dict`` (and ``current_model_state``, which weight averaging adds)
@@ -72,14 +77,19 @@ def pack(
     for key, section in _SECTIONS.items():
         if key in rest:
             values = rest.pop(key)
-            state[section] = {name: to_logical(v, specs.get(name, ())) for name, v in values.items() if _is_tensor(v)}
-            if objects := {name: v for name, v in values.items() if not _is_tensor(v)}:
+            before = held_before(values, mesh)
+            state[section] = {
+                name: to_logical(value, specs.get(name, ()))
+                for name, value in values.items()
+                if _is_tensor(value) and name not in before
+            }
+            if objects := merge_objects({name: v for name, v in values.items() if not _is_tensor(v)}, mesh):
                 rest[_OBJECTS + key] = objects
     if "optimizer_states" in rest:
         rest[_GROUPS] = []
         for i, (optimizer, local) in enumerate(zip(optimizers, rest.pop("optimizer_states"), strict=False)):
             named = name_optimizer_state(optimizer, local, module, mains)
-            rest[_GROUPS].append(named["param_groups"])
+            rest[_GROUPS].append(merge_groups(named["param_groups"], mesh))
             state[f"optimizer_{i}"] = {"state": mark_sharded(named["state"], module, mains, mesh)}
         if shards := _main_weights(module, mains, mesh):
             state[MAIN_WEIGHTS] = {name: shard.wrap(shard.main.main.detach()) for name, shard in shards.items()}
@@ -94,6 +104,7 @@ def targets(
     *,
     path: Path,
     strict: bool = True,
+    stages: Stages | None = None,
 ) -> dict[str, Any]:
     """Empty tensors for reading this rank's part of a checkpoint, as DCP fills them.
 
@@ -103,7 +114,8 @@ def targets(
         optimizers: Optimizers whose local state is wanted; empty for evaluation.
         mains: The main parameters that the optimizers hold in the place of the module's.
         path: The checkpoint, for messages.
-        strict: Whether the checkpoint must hold exactly the module's names; otherwise what both have is read.
+        strict: Whether the checkpoint must hold exactly the model's names; otherwise what both have is read.
+        stages: What pipeline stages hold; needed where there are several.
 
     Raises:
         ConfigError: The checkpoint holds other parameters than the module, or state of another kind of optimizer.
@@ -114,8 +126,8 @@ def targets(
     for key, entry in metadata.state_dict_metadata.items():
         section, *names = metadata.planner_data[key]
         saved.setdefault(section, {}).update({str(name): entry for name in names[:1]})
-    whole_shapes = {name: whole_shape(value, specs.get(name, ())) for name, value in template.items()}
-    _check_same(path, saved.get(_MODEL, {}), whole_shapes, names=strict)
+    stages = stages or Stages.gather(module, optimizers, mains)
+    _check_same(path, saved.get(_MODEL, {}), stages.tensors, names=strict)
 
     state: dict[str, Any] = {}
     for section in _SECTIONS.values():
@@ -146,6 +158,7 @@ def unpack(
     mains: Mapping[Tensor, MainParam],
     *,
     path: Path,
+    stages: Stages | None = None,
 ) -> dict[str, Any]:
     """Put a checkpoint together that has been read.
 
@@ -156,6 +169,7 @@ def unpack(
         optimizers: Optimizers whose local state is wanted; empty for evaluation.
         mains: The main parameters that the optimizers hold in the place of the module's.
         path: The checkpoint, for messages.
+        stages: What pipeline stages hold; needed where there are several.
 
     Returns:
         Lightning's dictionary with local tensors, as if this topology had saved it. ``main_weights`` maps names to
@@ -164,9 +178,10 @@ def unpack(
     Raises:
         ConfigError: The optimizers are others than the saved ones.
     """
+    stages = stages or Stages.gather(module, optimizers, mains)
     checkpoint = dict(rest)
     for key, section in _SECTIONS.items():
-        objects = checkpoint.pop(_OBJECTS + key, {})
+        objects = stages.present(checkpoint.pop(_OBJECTS + key, {}))
         if section in state or objects or section == _MODEL:
             checkpoint[key] = _unwrap(state.get(section, {})) | objects
     groups = checkpoint.pop(_GROUPS, None)
@@ -177,7 +192,8 @@ def unpack(
         for i, optimizer in enumerate(optimizers):
             named = state.get(f"optimizer_{i}", {"state": {}})["state"]  # absent before the first step
             whole = {"state": unmark_sharded(named), "param_groups": groups[i]}
-            checkpoint["optimizer_states"].append(number_optimizer_state(optimizer, whole, module, mains))
+            elsewhere = stages.groups_elsewhere(i)
+            checkpoint["optimizer_states"].append(number_optimizer_state(optimizer, whole, module, mains, elsewhere))
     if MAIN_WEIGHTS in state:
         checkpoint[MAIN_WEIGHTS] = _unwrap(state[MAIN_WEIGHTS])
     return checkpoint
@@ -188,6 +204,10 @@ def localize(
     module: nn.Module,
     optimizers: Sequence[Optimizer],
     mains: Mapping[Tensor, MainParam],
+    *,
+    path: Path = Path(),
+    strict: bool = True,
+    stages: Stages | None = None,
 ) -> dict[str, Any]:
     """Cut this rank's part out of a checkpoint of whole tensors, e.g. one written by a single-device run.
 
@@ -197,15 +217,25 @@ def localize(
         module: Module with this rank's parameters.
         optimizers: Optimizers whose local state is wanted; empty for evaluation.
         mains: The main parameters that the optimizers hold in the place of the module's.
+        path: The checkpoint, for messages.
+        strict: Whether the checkpoint must hold exactly the model's names. Only looked at where there are several
+            pipeline stages: of others' names, ``load_state_dict`` knows nothing.
+        stages: What pipeline stages hold; needed where there are several.
 
     Raises:
-        ConfigError: The optimizers are others than the saved ones, or main weights have other shapes.
+        ConfigError: The optimizers are others than the saved ones, or main weights have other shapes; or a pipeline
+            stage finds other parameters than the model's.
     """
     specs = state_dict_specs(module)
+    stages = stages or Stages.gather(module, optimizers, mains)
     checkpoint = dict(checkpoint)
+    order = list(checkpoint.get("state_dict", ()))
+    if stages.elsewhere:
+        saved = {name: value for name, value in checkpoint.get("state_dict", {}).items() if _is_tensor(value)}
+        _check_same(path, saved, stages.tensors, names=strict)
     for key in _SECTIONS:
         if key in checkpoint:
-            whole = checkpoint[key] | checkpoint.pop(_OBJECTS + key, {})
+            whole = stages.present(checkpoint[key] | checkpoint.pop(_OBJECTS + key, {}))
             checkpoint[key] = {
                 name: local_part(value, specs.get(name, ())) if _is_tensor(value) else value
                 for name, value in whole.items()
@@ -214,13 +244,14 @@ def localize(
     if optimizers and "optimizer_states" in checkpoint:
         states = []
         for i, (optimizer, numbered) in enumerate(zip(optimizers, checkpoint["optimizer_states"], strict=True)):
-            named = (
-                name_optimizer_state(optimizer, numbered, module, mains)
-                if groups is None
-                else {"state": numbered["state"], "param_groups": groups[i]}
-            )
+            if groups is not None:
+                named = {"state": numbered["state"], "param_groups": groups[i]}
+            elif stages.elsewhere:
+                named = stages.name_state(i, numbered, order)
+            else:
+                named = name_optimizer_state(optimizer, numbered, module, mains)
             named["state"] = cut_state(named["state"], module, mains)
-            states.append(number_optimizer_state(optimizer, named, module, mains))
+            states.append(number_optimizer_state(optimizer, named, module, mains, stages.groups_elsewhere(i)))
         checkpoint["optimizer_states"] = states
     weights = checkpoint.pop(MAIN_WEIGHTS, None)
     if optimizers and weights is not None:
@@ -251,9 +282,9 @@ def _check_same(
     if not names:
         missing = unknown = []
     differing = [
-        f"{name}: {tuple(entry.size)} in the file, {own[name]} in the model"
+        f"{name}: {shape} in the file, {own[name]} in the model"
         for name, entry in saved.items()
-        if name in own and isinstance(entry, TensorStorageMetadata) and tuple(entry.size) != own[name]
+        if name in own and (shape := _shape(entry)) not in (None, own[name])
     ]
     if missing or unknown or differing:
         raise ConfigError(
@@ -262,6 +293,16 @@ def _check_same(
             "a checkpoint of a model with the same parameters",
             f"missing in the file: {missing}; unknown to the model: {unknown}; other shapes: {differing}",
         )
+
+
+def _shape(entry: Any) -> tuple[int, ...] | None:
+    match entry:
+        case TensorStorageMetadata():
+            return tuple(entry.size)
+        case Tensor():
+            return tuple(entry.shape)
+        case _:
+            return None
 
 
 def _dtype(entry: Any) -> torch.dtype | None:

@@ -90,7 +90,8 @@ def _is_first_replica(specs: ShardSpecs, axis: Axis, mesh: ParallelMesh) -> bool
 
     The ranks of ``axis`` share the elements between them. Where another axis does not split the parameter (``tensor``
     and a norm's weight), its ranks share the same elements once more, and may cut them elsewhere: their buckets hold
-    other parameters besides, and a vocabulary's rows need not be even. DCP refuses chunks that overlap.
+    other parameters besides, and a vocabulary's rows need not be even. DCP refuses chunks that overlap. Two pipeline
+    stages with a weight in common share its elements between them, too: each writes its own.
     """
     beyond = {Axis.EXPERT_DATA: {Axis.EXPERT, Axis.EXPERT_TENSOR}, Axis.DATA_CONTEXT: {Axis.TENSOR}}.get(axis, set())
     return all(mesh.rank(other) == 0 for other in beyond - {axis_named(spec.axis) for spec in specs})

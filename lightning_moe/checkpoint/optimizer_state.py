@@ -9,7 +9,8 @@ Files do not show which kind of optimizer wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice, repeat
 from math import prod
 from typing import Any
 
@@ -39,16 +40,39 @@ def name_optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
+def group_names(
+    optimizer: Optimizer, module: nn.Module, mains: Mapping[Tensor, MainParam] = NO_MAINS
+) -> list[list[str]]:
+    """The names of the parameters in each group of ``optimizer``, in their order."""
+    names = iter(_names(optimizer, module, mains))
+    return [list(islice(names, len(group["params"]))) for group in optimizer.param_groups]
+
+
 def number_optimizer_state(
-    optimizer: Optimizer, named: Mapping[str, Any], module: nn.Module, mains: Mapping[Tensor, MainParam] = NO_MAINS
+    optimizer: Optimizer,
+    named: Mapping[str, Any],
+    module: nn.Module,
+    mains: Mapping[Tensor, MainParam] = NO_MAINS,
+    elsewhere: Sequence[Collection[str]] = (),
 ) -> dict[str, Any]:
     """The inverse of :func:`name_optimizer_state`, in the parameter order of ``optimizer``.
+
+    Args:
+        optimizer: The optimizer to load into.
+        named: State and groups by name.
+        module: Module that the parameters belong to.
+        mains: The main parameters that the optimizer holds in the place of the module's.
+        elsewhere: Names in each group that only other pipeline stages have.
 
     Raises:
         ConfigError: The optimizer has other parameter groups than the saved one.
     """
     names = _names(optimizer, module, mains)
-    saved = [sorted(group["params"]) for group in named["param_groups"]]
+    others = [*elsewhere, *repeat((), len(named["param_groups"]) - len(elsewhere))]
+    saved = [
+        sorted(set(group["params"]).difference(away))
+        for group, away in zip(named["param_groups"], others, strict=False)
+    ]
     position = 0
     groups = []
     for i, group in enumerate(optimizer.param_groups):
@@ -63,7 +87,10 @@ def number_optimizer_state(
                 f"the group that the checkpoint holds ({found})",
                 "configure_optimizers must build the same groups as in the run that saved the checkpoint",
             )
-        groups.append({**named["param_groups"][i], "params": positions})
+        settings = {key: value for key, value in named["param_groups"][i].items() if key != "param_names"}
+        if "param_names" in group:
+            settings["param_names"] = group["param_names"]
+        groups.append({**settings, "params": positions})
     numbers = {name: i for i, name in enumerate(names)}
     state = {numbers[name]: dict(values) for name, values in named["state"].items() if name in numbers}
     return {"state": state, "param_groups": groups}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_moe.cli.arguments import is_setting, load_documents, split_arguments
+from lightning_moe.cli.schedule_rules import SCHEDULE_RULES
 from lightning_moe.config.reader import KnownValues, UnknownValueError
 from lightning_moe.config.recipe import Verdict, check_recipe
 from lightning_moe.config.recipe_facts import model_config, parallel_config, world_size
@@ -31,7 +32,7 @@ def check(paths: Sequence[str], settings: Sequence[tuple[str, str]] = ()) -> Ver
         document = load_documents(paths, settings)
     except ConfigError as unreadable:
         return Verdict(KnownValues({}), (unreadable,))
-    return check_recipe(document)
+    return check_recipe(document, SCHEDULE_RULES)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,6 +84,8 @@ def summarize(recipe: KnownValues) -> dict[str, int]:
         return sizes
     resolved = parallel.resolve(world)
     assert resolved.data is not None
+    if resolved.pipeline > 1:
+        sizes["pipeline"] = resolved.pipeline
     sizes |= {"data": resolved.data, "expert": resolved.expert, "expert_data": resolved.expert_data}
     try:
         moe = model_config(recipe).moe

@@ -6,12 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_moe import __version__
-from lightning_moe.cli import check, convert
+from lightning_moe.cli import bench, check, convert
 from lightning_moe.cli.arguments import split_arguments
+from lightning_moe.cli.plan import command as plan
 from lightning_moe.config.typecheck import closest
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check.main, "convert": convert.main}
+OTHER_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "check": check.main,
+    "plan": plan.main,
+    "convert": convert.main,
+    "bench": bench.main,
+}
 
 USAGE = """usage: lightning-moe COMMAND [OPTIONS]
 
@@ -21,7 +27,9 @@ commands:
   test      run the test set
   predict   run the prediction set
   check     check a recipe without importing torch
+  plan      show mesh, stages, memory and schedule of a recipe, without importing torch
   convert   write a checkpoint's weights as one safetensors file
+  bench     measure, or simulate a pipeline: lightning-moe bench --help
 
 options:
   --help     print this text; `lightning-moe COMMAND --help` tells more about one command

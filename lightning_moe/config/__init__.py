@@ -5,6 +5,7 @@ from lightning_moe.config.gpt import GPTMoEConfig
 from lightning_moe.config.moe import MoEConfig
 from lightning_moe.config.optimizer import OptimizerConfig
 from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.config.rope import RopeScaling
 from lightning_moe.config.text import TextConfig
 
@@ -14,6 +15,7 @@ __all__ = [
     "MoEConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PipelineConfig",
     "RopeScaling",
     "TextConfig",
 ]

@@ -5,6 +5,7 @@ A recipe has LightningCLI's layout: ``seed_everything``, ``trainer``, ``model``,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
@@ -98,10 +99,15 @@ class Verdict:
     """All problems, each with its location, in the order of the text."""
 
 
-def check_recipe(document: Document) -> Verdict:
-    """Check what a recipe says, without importing what it names."""
+def check_recipe(document: Document, further: Sequence[Rule] = ()) -> Verdict:
+    """Check what a recipe says, without importing what it names.
+
+    Args:
+        document: The recipe.
+        further: Rules for whole recipes beside those of this room, which knows the settings and nothing else.
+    """
     recipe, found = read_fields("", document.values, Recipe)
-    found += apply_rules(RECIPE_RULES, recipe)
+    found += apply_rules((*RECIPE_RULES, *further), recipe)
     located = [problem.at(document.location(problem.field)) for problem in found]
     order = {location: i for i, location in enumerate(document.locations.values())}
     problems = sorted([*document.problems, *located], key=lambda problem: order.get(problem.location, -1))

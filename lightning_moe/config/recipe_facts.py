@@ -7,12 +7,14 @@ return None, or raise :class:`~lightning_moe.config.reader.UnknownValueError`, w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
 from lightning_moe.config.chronos import ChronosMoEConfig
 from lightning_moe.config.gpt import GPTMoEConfig
 from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.config.trainer import count_devices
 
 STRATEGY = "trainer.strategy.init_args"
@@ -43,6 +45,17 @@ def parallel_config(recipe: Any) -> ParallelConfig | None:
         return None
     sizes = strategy.init_args.parallel
     return ParallelConfig() if sizes is None else ParallelConfig(**sizes.as_dict())
+
+
+def pipeline_config(recipe: Any) -> PipelineConfig | None:
+    """Return how the pipeline is run, or None when each batch goes through the model in one piece."""
+    parallel, strategy = parallel_config(recipe), recipe.trainer.strategy
+    if parallel is None:
+        return None
+    given = None if isinstance(strategy, str) else strategy.init_args.pipeline
+    if given is None:
+        return None if parallel.pipeline == 1 else PipelineConfig()
+    return PipelineConfig(**{field.name: getattr(given, field.name) for field in fields(PipelineConfig)})
 
 
 def model_config(recipe: Any) -> Any:

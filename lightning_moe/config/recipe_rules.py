@@ -12,6 +12,7 @@ from lightning_moe.config.optimizer import OptimizerConfig
 from lightning_moe.config.ranges import Rule
 from lightning_moe.config.recipe_facts import MODEL, STRATEGY, model_config, model_name, parallel_config, world_size
 from lightning_moe.config.recipe_gpt_rules import GPT_RECIPE_RULES
+from lightning_moe.config.recipe_pipeline_rules import PIPELINE_RECIPE_RULES
 from lightning_moe.config.trainer import full_precision_name
 from lightning_moe.errors import ConfigError
 
@@ -23,15 +24,6 @@ def only_for(name: str, *rules: Rule) -> tuple[Rule, ...]:
         return lambda recipe: rule(recipe) if model_name(recipe) == name else None
 
     return tuple(restrict(rule) for rule in rules)
-
-
-def has_no_stages(recipe: Any) -> ConfigError | None:
-    """The mesh has a pipeline axis, which nothing trains with."""
-    parallel = parallel_config(recipe)
-    size = 1 if parallel is None else parallel.pipeline
-    if size == 1:
-        return None
-    return ConfigError(f"{STRATEGY}.parallel.pipeline", size, "1", "this release trains without pipeline stages")
 
 
 def chronos_is_not_split(axis: str) -> Rule:
@@ -170,9 +162,9 @@ def warmup_ends_before_training(recipe: Any) -> ConfigError | None:
 
 
 RECIPE_RULES: tuple[Rule, ...] = (
-    has_no_stages,
     *only_for("ChronosMoE", chronos_is_not_split("context"), chronos_is_not_split("tensor")),
     axes_factor_the_world,
+    *PIPELINE_RECIPE_RULES,
     expert_axis_divides_experts,
     expert_tensor_axis_divides_experts,
     *only_for("ChronosMoE", lengths_agree("context_length"), lengths_agree("prediction_length")),

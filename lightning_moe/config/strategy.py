@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.config.ranges import Rule, above
 from lightning_moe.config.reader import Component
 
@@ -18,6 +19,9 @@ class StrategyRecipe:
 
     parallel: ParallelConfig | None = None
     """Sizes of the parallel axes; null makes all ranks data-parallel."""
+    pipeline: PipelineConfig | None = None
+    """Schedule and microbatches; null takes the defaults where ``parallel.pipeline`` is above 1, and runs each batch in
+    one piece where it is not."""
     start_method: Literal["popen", "spawn", "fork"] = "popen"
     """How to start the ranks when no external launcher has."""
     process_group_backend: str | None = None

@@ -7,8 +7,11 @@ The output needs all tokens on every rank, and the gradient of the input is a su
 to wait for the weight gradient. With sequence parallelism only the rank's own slice is kept for the backward pass,
 which gathers the tokens again under the GEMM for the input's gradient, and reduce-scatters that gradient under the GEMM
 for the weight's (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2). Without it the input's gradient is
-all-reduced under the weight's GEMM. A row-parallel layer has nothing to hide this way: both its backward GEMMs need
-the gathered gradient, and its forward communication follows its only GEMM.
+all-reduced under the weight's GEMM. A row-parallel layer has nothing to hide this way: see
+:mod:`lightning_moe.layers.row_matmul`.
+
+Where the weight gradient is deferred, the backward pass does not gather the tokens at all. The rank's own slice is kept
+on, and gathered where the weight gradient is computed, under the GEMM of the one before it.
 
 What it is worth depends on the links. Between two H200s with NVLink (bf16, T = 16,384, K = 2,048, N = 5,120, forward
 and backward) waiting for each communication takes 2.0 ms and hiding it 1.9 to 2.1, since the communication's kernels
@@ -33,7 +36,7 @@ from lightning_moe.parallel.collectives import (
     start_reduce_scatter,
     summands_to_copies,
 )
-from lightning_moe.weight_grad import compute_dtype, deliver, linear, matmul_grad, sink_of
+from lightning_moe.weight_grad import GatheredInputGrad, compute_dtype, deliver, linear, matmul_grad, sink_of
 
 
 def column_matmul(input: Tensor, weight: Tensor, group: dist.ProcessGroup | None, *, sequence_parallel: bool) -> Tensor:
@@ -74,11 +77,15 @@ class _GatheredMatmul(torch.autograd.Function):
             gathered = all_gather(input, ctx.group)
             grad_input = reduce_scatter(grad_output @ weight.to(input.dtype), ctx.group)
             return grad_input, (grad_output.t() @ gathered).to(weight.dtype), None
-        tokens = start_all_gather(input, ctx.group) if needs_weight else None
+        defers = ctx.sink is not None and ctx.sink.defers
+        tokens = start_all_gather(input, ctx.group) if needs_weight and not defers else None
         grad = start_reduce_scatter(grad_output @ weight.to(input.dtype), ctx.group) if needs_input else None
         grad_weight = None
         if tokens is not None:
             grad_weight = deliver(matmul_grad(grad_output, tokens.wait()), ctx.sink, weight.dtype)
+        elif needs_weight:
+            own = GatheredInputGrad(grad_output, input.detach(), ctx.group)
+            grad_weight = deliver(own, ctx.sink, weight.dtype)
         return None if grad is None else grad.wait(), grad_weight, None
 
 

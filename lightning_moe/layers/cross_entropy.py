@@ -25,7 +25,7 @@ from lightning_moe.layers.vocabulary import VocabularyShard
 from lightning_moe.parallel.collectives import all_gather, copies_to_summands
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.weight_grad import MatmulGrad, compute_dtype, deliver, sink_of
+from lightning_moe.weight_grad import MatmulGrad, WeightGrad, compute_dtype, deliver, sink_of
 
 IGNORED_LABEL = -100
 """Label of a token for which nothing is to be predicted."""
@@ -44,7 +44,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of ``cross_entropy(hidden @ weight^T, labels)``, in nats.
 
-    The gradient of the weight goes to its sink, if it has one. There is no second derivative.
+    The gradient of the weight goes to its sink, if it has one, and is never deferred. There is no second derivative.
 
     Args:
         hidden: Hidden states as ``layout`` says: ``[T / P, D]`` with sequence parallelism, else ``[T, D]``.
@@ -125,11 +125,19 @@ def loss_peak_bytes(
 
 
 @dataclass(frozen=True)
-class _ScaledGrad:
+class _ScaledGrad(WeightGrad):
     """A weight gradient that is known up to a factor: ``scale * grad``."""
 
     grad: Tensor
     scale: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.grad, self.scale
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.grad.numel()
 
     def compute(self) -> Tensor:
         return self.grad * self.scale
@@ -169,7 +177,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad
         if grad_weight is not None:
-            grad_weight = deliver(_ScaledGrad(grad_weight, grad), ctx.sink, ctx.weight_dtype)
+            # It exists already, and is as large as the weight: keeping one for each micro-batch would gain nothing.
+            scaled = _ScaledGrad(grad_weight, grad)
+            grad_weight = deliver(scaled, ctx.sink, ctx.weight_dtype, deferrable=False)
         return grad_hidden, grad_weight, None, None, None, None
 
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_moe import weight_grad
 from lightning_moe.layers.column_matmul import column_matmul
+from lightning_moe.layers.row_matmul import row_matmul
 from lightning_moe.layers.token_layout import TokenLayout
-from lightning_moe.parallel.collectives import reduce_scatter, summands_to_copies
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import ShardSpec, even_slice, set_shard_spec, sharded_init_
@@ -111,12 +110,8 @@ class RowParallelLinear(nn.Module):
         Returns:
             ``[T / P, N]`` with sequence parallelism, else ``[T, N]``, the same on all tensor ranks.
         """
-        # Both products of the backward pass need the whole gradient, which reduce_scatter gathers once for them.
         group = self._mesh.active_group(Axis.TENSOR)
-        summand = weight_grad.linear(features, self.weight)
-        if layout.sequence_parallel:
-            return reduce_scatter(summand, group)
-        return summands_to_copies(summand, group)
+        return row_matmul(features, self.weight, group, sequence_parallel=layout.sequence_parallel)
 
 
 def _shard(

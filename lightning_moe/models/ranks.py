@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.pipeline.spec import PipelineRunner
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -23,6 +24,20 @@ def mesh_of(module: pl.LightningModule) -> ParallelMesh | None:
     except RuntimeError:  # the strategy has one, but not in this process (the main process of spawn)
         return None
     return mesh if isinstance(mesh, ParallelMesh) else None
+
+
+def pipeline_of(module: pl.LightningModule) -> PipelineRunner | None:
+    """The module's strategy, if it builds and runs models by parts; None for those that hold a model whole."""
+    if mesh_of(module) is None:  # no strategy of ours, or the main process of spawn, which runs no schedules
+        return None
+    strategy = module.trainer.strategy
+    return cast(PipelineRunner, strategy) if getattr(strategy, "is_pipelined", False) else None
+
+
+def on_first_stage(module: pl.LightningModule, counts: Tensor) -> Tensor:
+    """Counts that all stages of a pipeline know, on one of them, and zeros on the others: ranks then add up to them."""
+    mesh = mesh_of(module)
+    return counts if mesh is None or mesh.rank(Axis.PIPELINE) == 0 else torch.zeros_like(counts)
 
 
 def mean_over_data_ranks(module: pl.LightningModule, values: Tensor) -> Tensor:

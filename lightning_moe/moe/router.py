@@ -17,6 +17,7 @@ from lightning_moe.config.moe import MoEConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.choices import count_choices
 from lightning_moe.moe.routing_tape import RoutingTape, once
+from lightning_moe.parallel.sharding import whole_init_
 
 # DeepSeek's guard against a row of sigmoids that all underflow. It vanishes beside any other sum, so it is
 # added for every kind of router.
@@ -72,7 +73,7 @@ class TopKRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight as ``nn.Linear`` does, U(-D^-0.5, D^-0.5), and forget the expert bias."""
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        whole_init_(self.weight, lambda weight: nn.init.kaiming_uniform_(weight, a=5**0.5))
         if self.expert_bias is not None and self.tokens_since_update is not None:
             self.expert_bias.zero_()
             self.tokens_since_update.zero_()

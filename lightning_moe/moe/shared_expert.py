@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_moe.moe.activation import Activation, activate, up_projection
+from lightning_moe.parallel.sharding import whole_init_
 from lightning_moe.weight_grad import linear
 
 
@@ -44,7 +45,7 @@ class SharedExpert(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every weight as ``nn.Linear`` does: U(-fan_in^-0.5, fan_in^-0.5)."""
         for parameter in self.parameters():
-            nn.init.kaiming_uniform_(parameter, a=5**0.5)
+            whole_init_(parameter, lambda weight: nn.init.kaiming_uniform_(weight, a=5**0.5))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``[..., D]`` to ``[..., D]``; a token of zeros gives zeros."""

@@ -30,7 +30,19 @@ class Slot:
     used: bool = False
     """Whether this rank has contributed since accumulation started."""
     arrived: bool = False
-    """Whether this backward pass has reached the parameter."""
+    """Whether everything has arrived that the backward passes of this step bring."""
+    deferred: bool = False
+    """Whether a queue holds gradients that are not in the bucket yet."""
+    sunk: bool = False
+    """Whether this pipeline step has brought gradients past autograd."""
+    apart: Tensor | None = None
+    """The sum of what autograd has brought beside them, float32 at least."""
+    chunks: frozenset[int] = frozenset()
+    """Chunks of a pipeline whose backward passes reached the parameter in the step before."""
+    reached: set[int] = field(default_factory=set)
+    """Those that have reached it in this step."""
+    ended: set[int] = field(default_factory=set)
+    """Those whose last backward pass of this step has reached it."""
     copy: Tensor | None = None
     """The low-precision gradient that was handed out, with its version at that time."""
     copy_version: int = 0

@@ -19,8 +19,8 @@ def global_grad_norm(
     """Norm of the whole model's gradient, each element counted once; a collective call on all ranks.
 
     Args:
-        grads: The reduced gradients that this rank answers for, each with the number of ranks of its pipeline stage
-            that answer for the same elements (see :meth:`~lightning_moe.parallel.gradients.GradientReducer.own_grad`).
+        grads: The reduced gradients that this rank answers for, each with the number of ranks that answer for
+            the same elements (see :meth:`~lightning_moe.parallel.gradients.GradientReducer.own_grad`).
         mesh: The parallel mesh.
         device: Where to compute; needed because a rank may have no gradient at all.
         norm_type: Order of the norm; ``inf`` for the largest absolute value.

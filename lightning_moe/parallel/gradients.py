@@ -28,6 +28,14 @@ Layers that describe their weight gradients (see :mod:`lightning_moe.weight_grad
 passing through autograd; everything else arrives in ``parameter.grad``. A tied embedding uses both. A parameter is
 complete when autograd's node that accumulates its gradient has run: the node waits for all uses of the parameter, and
 runs even when none of them returned a gradient.
+
+[Note: a step of many backward passes]
+A pipeline step is one backward pass for each microbatch and chunk, and the weight gradients of some of them come later,
+out of a queue. A parameter is then complete when the last pass of each of its chunks has reached it and the queue holds
+nothing of it any more. Which chunks those are is seen in the step before; in the first one all buckets are reduced at
+the end. A tied embedding brings gradients on both ways; they are summed apart, as they are where embedding and output
+projection are on different ranks. The step runs inside of ``training_step``, before Lightning's ``zero_grad``: between
+its end and the backward of the loss no parameter has a gradient, and what is in the buckets is safe.
 """
 
 from __future__ import annotations
@@ -53,7 +61,9 @@ from lightning_moe.parallel.sharding import (
     replica_axis_of,
     shard_axis_of,
     sharded_parameters,
+    tied_parameters,
 )
+from lightning_moe.weight_grad.queue import WeightGradQueue
 from lightning_moe.weight_grad.sink import WeightGrad, attach_sink, detach_sink
 
 _Kind = tuple[Axis, torch.dtype, torch.device, bool, bool]
@@ -68,19 +78,46 @@ class _Sink:
     def __init__(self, reducer: GradientReducer, slot: Slot, bucket: Bucket) -> None:
         self._reducer, self._slot, self._bucket = reducer, slot, bucket
 
-    def take(self, grad: WeightGrad) -> bool:
-        slot = self._slot
-        # With create_graph=True the gradient itself is to be differentiated.
-        if not self._reducer.armed or torch.is_grad_enabled() or _has_hooks(slot.parameter):
+    @property
+    def defers(self) -> bool:
+        """Whether the gradients of this moment's backward pass are put off."""
+        queue = self._reducer.queue
+        return queue is not None and queue.capturing and self._takes and not _is_toggled_off(self._slot)
+
+    def take(self, grad: WeightGrad, *, deferrable: bool = True) -> bool:
+        """Accept a gradient, or leave it to autograd; see :class:`~lightning_moe.weight_grad.sink.WeightGradSink`."""
+        if not self._takes:
             return False
-        if _is_toggled_off(slot):
+        if _is_toggled_off(self._slot):
             return True
+        if deferrable and self.defers:
+            assert self._reducer.queue is not None
+            self._slot.deferred = True
+            self._reducer.queue.put(self, grad)
+        else:
+            assert not (deferrable and self._slot.deferred), "gradients of earlier microbatches wait in the queue"
+            self.add(grad)
+        return True
+
+    def add(self, grad: WeightGrad) -> None:
+        """Compute a gradient and add it to the bucket."""
+        slot = self._slot
         _check_open(slot, self._bucket)
         grad.add_to(slot.view, accumulate=not slot.fresh)
-        slot.fresh, slot.used = False, True
+        slot.fresh, slot.used, slot.sunk = False, True, True
         if slot.parameter.dtype == slot.view.dtype:
-            slot.parameter.grad = slot.view  # what autograd still brings is added to it
-        return True
+            # What autograd still brings is added to it.
+            slot.parameter.grad = slot.apart if self._reducer.holds_schedule else slot.view
+
+    def drained(self) -> None:
+        """The queue holds nothing of the parameter any more."""
+        self._slot.deferred = False
+        self._reducer.count_if_complete(self._slot, self._bucket)
+
+    @property
+    def _takes(self) -> bool:
+        # With create_graph=True the gradient itself is to be differentiated.
+        return self._reducer.armed and not torch.is_grad_enabled() and not _has_hooks(self._slot.parameter)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a pickled parameter takes its attributes along; the reducer stays here
@@ -96,6 +133,7 @@ class GradientReducer:
         mains: The main parameters; those of new buckets are made on the way.
         shard: Whether optimizers step shards: where they hold a parameter with replicas, its gradient is
             reduce-scattered, and each rank's part handed to the main parameter.
+        queue: Where weight gradients wait that a pipeline schedule puts off.
     """
 
     def __init__(
@@ -106,7 +144,9 @@ class GradientReducer:
         mains: MainParams | None = None,
         *,
         shard: bool = False,
+        queue: WeightGradQueue | None = None,
     ) -> None:
+        self.queue = queue
         self._module = module
         self._mesh = mesh
         self._bucket_bytes = bucket_bytes
@@ -114,6 +154,8 @@ class GradientReducer:
         self._shard = shard
         self._sync = True
         self._armed = False
+        self._in_schedule = False
+        self._pass = (0, True)  # chunk, and whether it is the chunk's last pass of the step
         self._next = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._buckets: list[Bucket] = []
@@ -134,9 +176,45 @@ class GradientReducer:
         finally:
             self._sync = before
 
+    @property
+    def holds_schedule(self) -> bool:
+        """Whether the gradients of a pipeline step wait to be handed out."""
+        return self._armed and self._in_schedule
+
+    def begin_schedule(self, *, fresh: bool) -> None:
+        """Prepare for the backward passes of a pipeline step; call :meth:`end_schedule`, and later :meth:`finish`.
+
+        Args:
+            fresh: Whether accumulation starts over, as after ``zero_grad``.
+        """
+        self._in_schedule = False
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                if fresh:
+                    _hide(slot)
+                slot.chunks = frozenset(slot.reached)
+                slot.deferred = slot.sunk = False
+                slot.apart = None
+                slot.reached.clear()
+                slot.ended.clear()
+        self.arm()
+        self._in_schedule = True
+
+    def start_pass(self, chunk: int, *, final: bool) -> None:
+        """A backward pass through ``chunk`` begins, the last one of the step if ``final``."""
+        self._pass = chunk, final
+
+    def end_schedule(self) -> None:
+        """All backward passes are done; until :meth:`finish` the parameters have no gradients."""
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                assert not slot.deferred, f"the queue still holds gradients of {slot.name}"
+                _hide(slot)
+
     @torch.no_grad()
     def arm(self) -> None:
         """Prepare for a backward pass; call :meth:`finish` at its end."""
+        self._in_schedule = False
         self._mains.follow()  # else the step would reach weights that the model has left behind
         if any(p.requires_grad and p not in self._places for p in self._module.parameters()):
             self._build()  # parameters have been unfrozen
@@ -156,7 +234,7 @@ class GradientReducer:
         """Reduce what is left, wait for all buckets and hand the gradients out. Does nothing unless armed."""
         if not self._armed:
             return
-        self._armed = False
+        self._armed = self._in_schedule = False
         if self._sync:
             for bucket in self._buckets[self._next :]:
                 _reduce(bucket)
@@ -218,13 +296,13 @@ class GradientReducer:
         """Add buckets for trainable parameters that have none; a parameter keeps its bucket when it is frozen."""
         open_buckets: dict[_Kind, list[_Member]] = {}
         closed = []
-        partial_params, held = partial_grads(self._module), self._mains.held()
+        partial_params, tied, held = partial_grads(self._module), tied_parameters(self._module), self._mains.held()
         in_forward = gathered_in_forward(self._module)
         # Backward reaches the last layers first, so buckets filled in reverse order complete in the order of creation.
         for name, parameter, specs in reversed(sharded_parameters(self._module)):
             if not parameter.requires_grad or parameter in self._places:
                 continue
-            axis = replica_axis_of(specs, partial_grad=parameter in partial_params)
+            axis = replica_axis_of(specs, partial_grad=parameter in partial_params, tied=parameter in tied)
             kind = (axis, parameter.dtype, parameter.device, parameter in held, parameter in in_forward)
             members = open_buckets.setdefault(kind, [])
             members.append((name, parameter, specs))
@@ -250,6 +328,9 @@ class GradientReducer:
         mesh = self._mesh
         replicas, data_ranks = mesh.size(axis), mesh.size(Axis.DATA_CONTEXT)
         sharded = self._shard and held and replicas > 1
+        holders = mesh.size(Axis.DATA_CONTEXT_TENSOR)
+        if axis is Axis.TIED:  # on another stage, too
+            holders = holders * replicas // data_ranks
         layout = FlatLayout((*(parameter.numel() for _, parameter, _ in members), len(members)), replicas)
         grads = torch.zeros(layout.total, dtype=_main_dtype(dtype), device=device)
         *offsets, behind = layout.offsets
@@ -260,7 +341,7 @@ class GradientReducer:
                 parameter,
                 grads.as_strided(parameter.shape, dense_stride(parameter), offset),
                 layout.run(i, mesh.rank(axis)),
-                mesh.size(Axis.DATA_CONTEXT_TENSOR) // (replicas * _parts(specs, mesh)),
+                holders // (replicas * _parts(specs, mesh)),
                 torch.autograd.graph.get_gradient_edge(parameter).node,
             )
             for i, ((name, parameter, specs), offset) in enumerate(zip(members, offsets, strict=True))
@@ -327,6 +408,12 @@ class GradientReducer:
                 "dense gradients",
                 "use nn.Embedding(sparse=False)",
             )
+        if self._in_schedule and slot.sunk:
+            if grad is not slot.apart:
+                grad = grad.to(slot.view.dtype)
+                slot.apart = grad if slot.apart is None else slot.apart.add_(grad)
+            parameter.grad = slot.apart if parameter.dtype == slot.view.dtype else None
+            return
         if grad is not slot.view:
             if grad.dtype == slot.view.dtype or slot.fresh:
                 slot.view.copy_(grad)
@@ -337,8 +424,21 @@ class GradientReducer:
 
     @torch.no_grad()
     def _on_complete(self, slot: Slot, bucket: Bucket, *_: object) -> None:
-        """Count the parameter as complete, and reduce its bucket if it was the last one."""
-        if not self._armed or slot.arrived:
+        """Autograd's node of the parameter has run."""
+        if not self._armed:
+            return
+        if self._in_schedule:
+            chunk, final = self._pass
+            slot.reached.add(chunk)
+            if final:
+                slot.ended.add(chunk)
+        self.count_if_complete(slot, bucket)
+
+    def count_if_complete(self, slot: Slot, bucket: Bucket) -> None:
+        """Count a parameter whose gradient is complete, and reduce its bucket if it was the last one."""
+        if not self._armed or slot.arrived or slot.deferred:
+            return
+        if self._in_schedule and not (slot.chunks and slot.chunks <= slot.ended):
             return
         slot.arrived = True
         bucket.missing -= 1
@@ -349,6 +449,8 @@ class GradientReducer:
             self._next += 1
 
     def _hand_out(self, bucket: Bucket) -> None:
+        for slot in bucket.slots:
+            _join(slot)
         if self._sync:
             bucket.wait()
             (bucket.shard if bucket.sharded else bucket.grads).mul_(bucket.scale)
@@ -379,6 +481,7 @@ def _reduce(bucket: Bucket) -> None:
     for slot in bucket.slots:
         if slot.fresh:
             slot.view.zero_()
+        _join(slot)
     if all(slot.used for slot in bucket.slots):
         bucket.flags.fill_(1.0)
     else:
@@ -390,6 +493,19 @@ def _reduce(bucket: Bucket) -> None:
         bucket.works.append(start_all_reduce_(bucket.flags, bucket.group).work)
     else:
         bucket.works.append(start_all_reduce_(bucket.grads, bucket.group).work)
+
+
+def _join(slot: Slot) -> None:
+    """Add what has been summed apart."""
+    if slot.apart is not None:
+        slot.view.add_(slot.apart)
+        slot.apart = None
+
+
+def _hide(slot: Slot) -> None:
+    slot.parameter.grad = None
+    if slot.main is not None:
+        slot.main.grad = None
 
 
 def _undo_reduction(bucket: Bucket) -> None:

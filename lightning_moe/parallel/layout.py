@@ -48,6 +48,9 @@ class Axis(StrEnum):
     """Ranks that hold one copy of all experts between them (``expert`` and ``expert_tensor``)."""
     EXPERT_DATA = "expert_data"
     """Ranks that hold the same experts: expert gradients are reduced over it."""
+    TIED = "tied"
+    """Ranks that hold a dense weight which the first and the last pipeline stage have in common: the ``data_context``
+    groups of both. Stages between them have none, and their groups are those of ``data_context``."""
 
 
 _DENSE_VIEW = (Axis.PIPELINE, Axis.DATA, Axis.CONTEXT, Axis.TENSOR)
@@ -74,7 +77,7 @@ def axis_named(name: str) -> Axis:
 
 
 def axis_size(config: ParallelConfig, axis: Axis) -> int:
-    """Number of ranks in each group along ``axis``; ``config`` must be resolved."""
+    """Number of ranks in each group along ``axis``, which is any but ``tied``; ``config`` must be resolved."""
     sizes, members = _view(config, axis)
     return prod(sizes[member] for member in members)
 
@@ -87,9 +90,11 @@ def rank_lists(config: ParallelConfig, axis: Axis) -> list[tuple[int, ...]]:
         axis: The axis, or folded axes (``data_context``), or the whole world.
 
     Returns:
-        ``world_size / axis_size`` tuples that partition the ranks ``0 .. world_size - 1``, in the row-major order of
-        their coordinates on the other axes.
+        Tuples that partition the ranks ``0 .. world_size - 1``, in the row-major order of their coordinates on the
+        other axes. All have ``axis_size`` members, except those of ``tied``.
     """
+    if axis is Axis.TIED:
+        return _tied(rank_lists(config, Axis.DATA_CONTEXT), config)
     sizes, members = _view(config, axis)
     strides = _strides(sizes)
     others = [name for name in sizes if name not in members]
@@ -100,7 +105,7 @@ def rank_lists(config: ParallelConfig, axis: Axis) -> list[tuple[int, ...]]:
 
 
 def coordinate(config: ParallelConfig, axis: Axis, global_rank: int) -> int:
-    """Position of ``global_rank`` within its group along ``axis``."""
+    """Position of ``global_rank`` within its group along ``axis``, which is any but ``tied``."""
     sizes, members = _view(config, axis)
     strides = _strides(sizes)
     position = 0
@@ -109,9 +114,18 @@ def coordinate(config: ParallelConfig, axis: Axis, global_rank: int) -> int:
     return position
 
 
+def _tied(replicas: list[tuple[int, ...]], config: ParallelConfig) -> list[tuple[int, ...]]:
+    """Join the groups of the first pipeline stage to those of the last; each stage has one for every tensor rank."""
+    if config.pipeline == 1:
+        return replicas
+    first, last = replicas[: config.tensor], replicas[-config.tensor :]
+    return [one + other for one, other in zip(first, last, strict=True)] + replicas[config.tensor : -config.tensor]
+
+
 def _view(config: ParallelConfig, axis: Axis) -> tuple[dict[Axis, int], tuple[Axis, ...]]:
     """Sizes of the view that ``axis`` lives in, outermost first, and the axes of the view that ``axis`` folds."""
     assert config.data is not None, "resolve(world_size) first"
+    assert axis is not Axis.TIED, "the groups of this axis differ in size"
     members = _FOLDED.get(axis, (axis,))
     if set(members) <= set(_DENSE_VIEW):
         return dict(

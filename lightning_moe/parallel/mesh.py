@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from lightning_moe.config.parallel import ParallelConfig
-from lightning_moe.parallel.layout import Axis, axis_named, axis_size, coordinate, rank_lists
+from lightning_moe.parallel.layout import Axis, axis_named, rank_lists
 
 
 class ParallelMesh:
@@ -17,7 +17,7 @@ class ParallelMesh:
     Use :meth:`build` inside an initialised ``torch.distributed`` and :meth:`single` in a process that has none. The
     groups are plain :class:`torch.distributed.ProcessGroup` objects, so any third-party layer can use them. Every axis
     has a communicator of its own even when two axes hold the same ranks: a dispatch on ``expert`` must not queue behind
-    a gradient reduction on ``data``.
+    a gradient reduction on ``data``. Only ``tied`` is that of ``data_context`` where there is no pipeline.
 
     A mesh is immutable. Copying a module that refers to one keeps referring to the same mesh, and pickling a mesh keeps
     the sizes and drops the groups (a :class:`~torch.distributed.ProcessGroup` cannot be pickled).
@@ -35,8 +35,9 @@ class ParallelMesh:
         self.global_rank = global_rank
         self._groups = dict(groups or {})
         # Looked up, not computed, at every call: torch.compile cannot trace the computation.
-        self._sizes = {axis: axis_size(config, axis) for axis in Axis}
         self._ranks = {axis: next(ranks for ranks in rank_lists(config, axis) if global_rank in ranks) for axis in Axis}
+        self._sizes = {axis: len(ranks) for axis, ranks in self._ranks.items()}
+        self._positions = {axis: ranks.index(global_rank) for axis, ranks in self._ranks.items()}
 
     @classmethod
     def build(cls, config: ParallelConfig, timeout: timedelta | None = None) -> Self:
@@ -55,12 +56,13 @@ class ParallelMesh:
         assert world is not None
         groups: dict[Axis, dist.ProcessGroup] = {Axis.WORLD: world}
         for axis in Axis:
-            if axis is Axis.WORLD:
+            if axis is Axis.WORLD or (axis is Axis.TIED and config.pipeline == 1):
                 continue
             for ranks in rank_lists(config, axis):
                 group = dist.new_group(list(ranks), timeout=timeout, group_desc=str(axis))
                 if global_rank in ranks:
                     groups[axis] = group
+        groups.setdefault(Axis.TIED, groups[Axis.DATA_CONTEXT])  # without a pipeline they reduce the same gradients
         return cls(config, global_rank, groups)
 
     @classmethod
@@ -79,7 +81,7 @@ class ParallelMesh:
 
     def rank(self, axis: str) -> int:
         """This rank's position in its group along ``axis``, from 0."""
-        return coordinate(self.config, axis_named(axis), self.global_rank)
+        return self._positions[axis_named(axis)]
 
     def ranks(self, axis: str) -> tuple[int, ...]:
         """Global ranks of this rank's group along ``axis``, ascending."""

@@ -19,12 +19,18 @@ from lightning_moe.parallel.rng import fold_seed
 # over the wrong ranks without any error.
 _SPECS_ATTRIBUTE = "_shard_specs"
 _PARTIAL_ATTRIBUTE = "_partial_grads"
+_TIED_ATTRIBUTE = "_tied_parameters"
 
 # [Note: partial gradients]
 # A parameter that every tensor rank holds whole is used in one of two ways. Either all tensor ranks compute the same
 # with it (a norm on activations that are copies): then each has the whole gradient. Or each applies it to its own
 # tokens or heads (a norm under sequence parallelism, a router, a per-head query norm): then each has a part, and the
 # gradient is the sum. Only the module knows which; it marks the second kind.
+
+# [Note: tied parameters]
+# A model whose embedding serves as the output projection uses one weight in its first and in its last pipeline stage.
+# Where these are on different ranks, both stages hold it, under one name. Each has the gradient of its own use; the sum
+# over both is the gradient, so that the copies take equal steps. The module that holds the weight marks it.
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,19 @@ def set_partial_grad(module: nn.Module, name: str) -> None:
     module.__dict__.setdefault(_PARTIAL_ATTRIBUTE, set()).add(name)
 
 
+def set_tied(module: nn.Module, name: str) -> None:
+    """Mark ``module``'s own parameter ``name`` as one that the first and the last pipeline stage both hold.
+
+    It has the same name on both, and is dense or split over ``tensor``. Its gradient is summed over both stages, its
+    first value is that of the first stage, and checkpoints hold it once.
+
+    Raises:
+        ConfigError: There is no such parameter.
+    """
+    _own_parameter(module, name)
+    module.__dict__.setdefault(_TIED_ATTRIBUTE, set()).add(name)
+
+
 def shard_specs(root: nn.Module) -> dict[str, ShardSpecs]:
     """The specs of every marked parameter under ``root``, by each of its fully qualified names.
 
@@ -107,10 +126,19 @@ def shard_specs(root: nn.Module) -> dict[str, ShardSpecs]:
 
 def partial_grads(root: nn.Module) -> set[nn.Parameter]:
     """The parameters under ``root`` whose gradients are partial on each tensor rank (see :func:`set_partial_grad`)."""
+    return _marked(root, _PARTIAL_ATTRIBUTE)
+
+
+def tied_parameters(root: nn.Module) -> set[nn.Parameter]:
+    """The parameters under ``root`` that the first and the last pipeline stage both hold (see :func:`set_tied`)."""
+    return _marked(root, _TIED_ATTRIBUTE)
+
+
+def _marked(root: nn.Module, attribute: str) -> set[nn.Parameter]:
     return {
         module._parameters[name]  # type: ignore[misc]  # marked parameters exist
         for module in root.modules()
-        for name in module.__dict__.get(_PARTIAL_ATTRIBUTE, ())
+        for name in module.__dict__.get(attribute, ())
     }
 
 
@@ -182,11 +210,13 @@ def sharded_init_(parameter: Tensor, specs: ShardSpecs, fill: Callable[[Tensor, 
     draws the numbers of its own experts only. Along other dims the whole length is drawn and this rank's part kept.
 
     Args:
-        parameter: Local tensor; filled in place.
+        parameter: Local tensor; filled in place. For one on the device ``meta`` the number is drawn, and that is all.
         specs: Its specs; empty for a tensor that is not sharded.
         fill: Called as ``fill(values, generator)`` on contiguous CPU float32 tensors; fills them.
     """
     seed = int(torch.randint(2**62, (), device="cpu").item())
+    if parameter.is_meta:
+        return
     rows = next((spec for spec in specs if spec.axis == Axis.EXPERT and spec.dim == 0), None)
     if rows is None:
         values = torch.empty(whole_shape(parameter, specs), dtype=torch.float32, device="cpu")
@@ -207,16 +237,38 @@ def sharded_init_(parameter: Tensor, specs: ShardSpecs, fill: Callable[[Tensor, 
         parameter[local].copy_(local_part(values, rest))
 
 
-def replica_axis_of(specs: ShardSpecs, *, partial_grad: bool = False) -> Axis:
+@torch.no_grad()
+def whole_init_(parameter: Tensor, fill: Callable[[Tensor], object]) -> None:
+    """Initialise a parameter that every rank holds whole, from torch's default CPU generator on any device.
+
+    Args:
+        parameter: Filled in place; for one on the device ``meta`` the same numbers are drawn.
+        fill: Fills a CPU tensor of the parameter's shape and dtype.
+    """
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    fill(values)
+    parameter.copy_(values)
+
+
+def replica_axis_of(specs: ShardSpecs, *, partial_grad: bool = False, tied: bool = False) -> Axis:
     """The axis over which the gradient of a parameter with these specs is summed.
 
     Args:
         specs: The parameter's specs.
         partial_grad: Whether each tensor rank has a part of the gradient (see :func:`set_partial_grad`).
+        tied: Whether the first and the last pipeline stage both hold the parameter (see :func:`set_tied`).
+
+    Raises:
+        ConfigError: A tied parameter is split over expert axes, or its gradient over ``tensor``.
     """
+    axis = Axis.DATA_CONTEXT_TENSOR if partial_grad and not specs else Axis.DATA_CONTEXT
     if any(spec.axis in (Axis.EXPERT, Axis.EXPERT_TENSOR) for spec in specs):
-        return Axis.EXPERT_DATA
-    return Axis.DATA_CONTEXT_TENSOR if partial_grad and not specs else Axis.DATA_CONTEXT
+        axis = Axis.EXPERT_DATA
+    if tied and axis is not Axis.DATA_CONTEXT:
+        raise ConfigError(
+            "set_tied", f"a parameter whose gradient is summed over {axis}", "one that is dense or split over tensor"
+        )
+    return Axis.TIED if tied else axis
 
 
 def shard_axis_of(specs: ShardSpecs) -> Axis | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,10 @@ from lightning_moe.parallel.sharding import (
     replica_axis_of,
     sharded_parameters,
     state_dict_specs,
+    tied_parameters,
+    whole_shape,
 )
+from lightning_moe.parallel.stages import entries_elsewhere, gather_stages
 
 
 def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, Any]:
@@ -27,34 +30,72 @@ def gather_full_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, A
     Peak memory on rank 0 is the whole state on the CPU plus one gathered tensor; other ranks hold one tensor at a time.
 
     Returns:
-        On global rank 0 a state dict of CPU tensors with sharded dims in logical order, and its own other values (those
-        of ``get_extra_state``); elsewhere an empty dict.
+        On global rank 0 a state dict of CPU tensors with sharded dims in logical order, and the other values (those
+        of ``get_extra_state``) of the first rank that has each; elsewhere an empty dict.
     """
     specs = state_dict_specs(module)
-    keep = mesh.global_rank == 0
+    values = module.state_dict()
+    stage = mesh.rank(Axis.PIPELINE)
+    table = {
+        name: _Whole(whole_shape(value, specs.get(name, ())), value.dtype) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
+    tables = gather_stages(table, mesh)
+    of_earlier = {name for table in tables[:stage] for name in table}
+    sends = mesh.rank(Axis.DATA_CONTEXT_TENSOR) == 0
     state: dict[str, Any] = {}
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            if keep:
-                state[name] = value
+    for name, value in values.items():
+        if name in of_earlier:
             continue
-        whole = value.detach()
-        for spec in specs.get(name, ()):
-            whole = _gather_dim(whole, spec, mesh)
-        if keep:
-            state[name] = whole.to("cpu", copy=True)
+        whole = value
+        if isinstance(value, Tensor):
+            whole = value.detach()
+            for spec in specs.get(name, ()):
+                whole = _gather_dim(whole, spec, mesh)
+        if mesh.global_rank == 0:
+            state[name] = whole.to("cpu", copy=True) if isinstance(whole, Tensor) else whole
+        elif sends and isinstance(whole, Tensor) and whole.numel():
+            dist.send(_as_bytes(whole.contiguous()), group=mesh.group(Axis.PIPELINE), group_dst=0)
+    if mesh.global_rank == 0:
+        device = next((value.device for value in values.values() if isinstance(value, Tensor)), torch.device("cpu"))
+        for sender, table in enumerate(tables[1:], 1):
+            new = {name: entry for name, entry in table.items() if name not in state}
+            state.update((name, _receive(entry, sender, mesh, device)) for name, entry in new.items())
     return state
 
 
-def load_full_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
+class _Whole(NamedTuple):
+    """A whole tensor, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _receive(entry: Any, sender: int, mesh: ParallelMesh, device: torch.device) -> Any:
+    if not isinstance(entry, _Whole):
+        return entry
+    value = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+    if value.numel():
+        dist.recv(_as_bytes(value), group=mesh.group(Axis.PIPELINE), group_src=sender)
+    return value.to("cpu")
+
+
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Any], mesh: ParallelMesh | None = None) -> None:
     """Load a state dict of whole tensors: every rank keeps the positions that its ShardSpecs name.
+
+    Args:
+        module: The module with this rank's part of the model.
+        state: The whole model's state dict.
+        mesh: Needed where the module is a stage of a pipeline: then this is a collective call, and what other stages
+            have is passed over.
 
     Raises:
         ConfigError: A name is missing or unknown, or a shape differs; nothing has been changed then.
     """
     specs = state_dict_specs(module)
     own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    known = own.keys() | entries_elsewhere(module, mesh).keys()
+    missing, unknown = sorted(known - state.keys()), sorted(state.keys() - known)
     if missing or unknown:
         raise ConfigError(
             "state_dict",
@@ -104,11 +145,18 @@ def broadcast_replicas(module: nn.Module, mesh: ParallelMesh) -> None:
 
     Unsharded parameters and persistent buffers come from the first rank of ``data_context_tensor``, those sharded over
     ``tensor`` from the first of ``data_context``, experts from the first of ``expert_data``, so that a model built
-    without a common seed still starts from one set of weights.
+    without a common seed still starts from one set of weights. Weights that the last pipeline stage has in common with
+    the first come from the first.
     """
-    for _, parameter, specs in sharded_parameters(module):
+    parameters = sharded_parameters(module)
+    for _, parameter, specs in parameters:
         axis = replica_axis_of(specs) if specs else Axis.DATA_CONTEXT_TENSOR
         _broadcast(parameter.detach(), axis, mesh)
+    tied = tied_parameters(module)
+    # By name: the two stages may list several of them in different orders.
+    for _, parameter, _ in sorted(parameters, key=lambda entry: entry[0]):
+        if parameter in tied:
+            _broadcast(parameter.detach(), Axis.TIED, mesh)
     broadcast_buffers(module, mesh)
 
 
@@ -133,8 +181,12 @@ def _broadcast(value: Tensor, axis: Axis, mesh: ParallelMesh) -> None:
     group = mesh.group(axis)
     if group is None or mesh.size(axis) == 1 or not value.numel():
         return
-    # As bytes: no backend carries every dtype.
     values = value.contiguous()
-    dist.broadcast(values.view(-1).view(torch.uint8), src=mesh.ranks(axis)[0], group=group)
+    dist.broadcast(_as_bytes(values), src=mesh.ranks(axis)[0], group=group)
     if values is not value:
         value.copy_(values)
+
+
+def _as_bytes(value: Tensor) -> Tensor:
+    """A contiguous tensor as backends carry it: none of them knows every dtype."""
+    return value.view(-1).view(torch.uint8)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moe.checkpoint import contents
+from lightning_moe.checkpoint.stages import Stages
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.main_params import MainParams
 from lightning_moe.parallel.rng import AxisRng
@@ -95,18 +96,33 @@ class CheckpointedStrategy(MeshStrategy):
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         optimizers = self._plain_optimizers() if fitting else []
         mains = self._mains.by_main if fitting else {}
+        stages, strict = Stages.gather(module, optimizers, mains, self._mesh), module.strict_loading
         if path.is_file():
             whole = super().load_checkpoint(path, weights_only)
-            loaded = contents.localize(whole, module, optimizers, mains)
+
+            def cut() -> dict[str, Any]:
+                return contents.localize(whole, module, optimizers, mains, path=path, strict=strict, stages=stages)
+
+            loaded = self._checkpoints.agree(path, cut)
         else:
             checkpoint = self._checkpoints.open(path)
-            state = contents.targets(
-                checkpoint.metadata, module, optimizers, mains, path=checkpoint.path, strict=module.strict_loading
-            )
+            path = checkpoint.path
+
+            def plan() -> dict[str, Any]:
+                return contents.targets(
+                    checkpoint.metadata, module, optimizers, mains, path=path, strict=strict, stages=stages
+                )
+
+            # Stages of a pipeline hold different parameters: what one of them finds wrong, all have to hear of.
+            state = self._checkpoints.agree(path, plan)
             checkpoint.read(state)
             meta = checkpoint.meta(weights_only)
             self.barrier()  # somebody may remove the checkpoint next
-            loaded = contents.unpack(state, meta, module, optimizers, mains, path=checkpoint.path)
+
+            def put_together() -> dict[str, Any]:
+                return contents.unpack(state, meta, module, optimizers, mains, path=path, stages=stages)
+
+            loaded = self._checkpoints.agree(path, put_together)
         if fitting:
             self._resume.take(loaded, self.mesh)
         return loaded

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -14,9 +14,12 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_moe.checkpoint import store
+from lightning_moe.checkpoint.agreement import Ranks
 from lightning_moe.checkpoint.background import BackgroundWriter
 from lightning_moe.checkpoint.staging import HostCopy
 from lightning_moe.errors import CheckpointError, ConfigError
+
+_T = TypeVar("_T")
 
 _NEWEST = "last"
 """How the names begin that Lightning gives to the newest checkpoint (``ModelCheckpoint.CHECKPOINT_NAME_LAST``)."""
@@ -100,6 +103,15 @@ class RunCheckpoints:
                 raise
             rank_zero_warn(f"{error} Looking for the newest valid checkpoint beside it.")
             return store.find_newest(path.parent, self._group)
+
+    def agree(self, path: Path, work: Callable[[], _T]) -> _T:
+        """Do this rank's part of reading a checkpoint, which holds no collective call; where one fails, all do.
+
+        Raises:
+            ConfigError: A rank has another model or other optimizers than the checkpoint.
+            CheckpointError: Something else went wrong.
+        """
+        return Ranks(self._group, path, "read").agree(work)
 
     @property
     def unfinished(self) -> bool:

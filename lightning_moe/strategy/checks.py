@@ -14,22 +14,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.layout import Axis, coordinate
 from lightning_moe.parallel.main_params import MainParams
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import sharded_parameters
-
-
-def check_axes(parallel: ParallelConfig) -> None:
-    """Refuse axes that the mesh has but this release does not train with.
-
-    Raises:
-        ConfigError: Names the axis.
-    """
-    if parallel.pipeline != 1:
-        raise ConfigError("parallel.pipeline", parallel.pipeline, "1", "this release trains without pipeline stages")
+from lightning_moe.parallel.sharding import sharded_parameters, tied_parameters, whole_shape
+from lightning_moe.parallel.stages import gather_stages
 
 
 def check_callbacks(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
@@ -49,7 +39,7 @@ def check_callbacks(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
             if is_overridden("configure_model", trainer.lightning_module):
                 # It does so in Callback.setup, before configure_model.
                 why = "it copies the module before its layers exist and would average nothing"
-            elif mesh.size(Axis.EXPERT_MODEL) > 1 or mesh.size(Axis.TENSOR) > 1:
+            elif any(mesh.size(axis) > 1 for axis in (Axis.PIPELINE, Axis.TENSOR, Axis.EXPERT_MODEL)):
                 why = (
                     "it keeps the average in a checkpoint as its own state, where only rank 0's part of the weights is"
                 )
@@ -77,12 +67,20 @@ def check_finetuning(trainer: pl.Trainer, mains: MainParams) -> None:
             )
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule) -> None:
-    """Refuse optimizers whose steps would differ between ranks.
+def check_optimizers(
+    optimizers: Sequence[Optimizer], module: pl.LightningModule, mesh: ParallelMesh | None = None
+) -> None:
+    """Refuse optimizers whose steps would differ between ranks; a collective call where there is a pipeline.
+
+    Args:
+        optimizers: The optimizers.
+        module: The module with this rank's parameters.
+        mesh: The parallel mesh; None in a process that has none.
 
     Raises:
         ConfigError: Names the optimizer, and the parameter where it is one.
     """
+    _check_groups(optimizers, mesh)
     own = set(module.parameters())
     for optimizer in optimizers:
         name = type(optimizer).__name__
@@ -91,7 +89,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
                 "configure_optimizers",
                 name,
                 "an optimizer that treats parameters separately, such as AdamW or SGD",
-                "it takes inner products over the parameters of a rank, which are different experts on each",
+                "it takes inner products over the parameters of a rank, which are different experts and layers on each",
             )
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             if parameter not in own:  # each rank would train it by itself
@@ -104,8 +102,41 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: pl.LightningModule
                 )
 
 
+def _check_groups(optimizers: Sequence[Optimizer], mesh: ParallelMesh | None) -> None:
+    """Stages must have the same groups, each with its own parameters.
+
+    Schedulers and checkpoints know a group by its number: where a stage leaves out a group that would be empty, it
+    would take the learning rate, and in a resumed run the state, of another one.
+    """
+    settings = [
+        (type(optimizer).__name__, [_settings(group) for group in optimizer.param_groups]) for optimizer in optimizers
+    ]
+    stages = gather_stages(settings, mesh)
+    for number, stage in enumerate(stages):
+        if stage != stages[0]:
+            raise ConfigError(
+                "configure_optimizers",
+                f"{_describe(stage)} on stage {number} of the pipeline, {_describe(stages[0])} on stage 0",
+                "the same optimizers with the same groups and settings on all stages",
+                "give every stage all groups; a group may be empty: [{'params': decayed}, {'params': []}]",
+            )
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a group that can be compared between processes."""
+    plain = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+    kinds = (bool, int, float, str, tuple, list, type(None))
+    return {
+        key: value for key, value in plain.items() if isinstance(value, kinds) and key not in ("params", "param_names")
+    }
+
+
+def _describe(optimizers: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    return ", ".join(f"{name} of {len(groups)} groups" for name, groups in optimizers) or "no optimizer"
+
+
 def check_shards(module: pl.LightningModule, mesh: ParallelMesh) -> None:
-    """Refuse parts that do not make up whole tensors; a collective call.
+    """Refuse parts that do not make up whole tensors, and stages that do not make up a model; a collective call.
 
     So are those of layers that were built before there was a mesh (``load_from_checkpoint`` does): every rank holds all
     of them. The ranks would do the same work, and each would count in the gradient norm.
@@ -113,6 +144,7 @@ def check_shards(module: pl.LightningModule, mesh: ParallelMesh) -> None:
     Raises:
         ConfigError: Names the parameter.
     """
+    _check_stages(module, mesh)
     parts = [(name, spec) for name, _, specs in sharded_parameters(module) for spec in specs]
     held: list[dict[tuple[str, int], int]] = _gather({(name, spec.dim): len(spec.index) for name, spec in parts}, mesh)
     for name, spec in parts:
@@ -124,6 +156,37 @@ def check_shards(module: pl.LightningModule, mesh: ParallelMesh) -> None:
                 f"{spec.size}, each on one rank",
                 "layers that are split must be built in configure_model, from self.trainer.strategy.mesh; a module "
                 "that has been built before holds all positions on every rank",
+            )
+
+
+def _check_stages(module: pl.LightningModule, mesh: ParallelMesh) -> None:
+    """Each parameter must be on one stage, or tied and on the first and the last.
+
+    Copies on several stages would be trained apart, each on the gradients of its own stage; and of different parameters
+    of one name a checkpoint would keep one.
+    """
+    if mesh.size(Axis.PIPELINE) == 1:
+        return
+    tied = tied_parameters(module)
+    own = {
+        name: (parameter in tied, whole_shape(parameter, specs), str(parameter.dtype), parameter.requires_grad)
+        for name, parameter, specs in sharded_parameters(module)
+    }
+    stages = gather_stages(own, mesh)
+    for name in sorted({name for stage in stages for name in stage}):
+        holders = [number for number, stage in enumerate(stages) if name in stage]
+        found = {stage[name] for stage in stages if name in stage}
+        is_tied = any(marked for marked, *_ in found)
+        if not is_tied and len(holders) == 1:
+            continue
+        if not is_tied or holders != [0, len(stages) - 1] or len(found) > 1:
+            raise ConfigError(
+                f"parameter {name}",
+                f"{'tied' if is_tied else 'not tied'}, on stages {holders} of the pipeline: "
+                + ", ".join(f"{shape} {dtype}" for _, shape, dtype, _ in sorted(found)),
+                "a parameter of one stage; or, alike on both, of the first and the last one and marked by set_tied",
+                "what pipeline_spec() builds must have the names of the whole model; build nothing with parameters "
+                "beside it",
             )
 
 
@@ -147,26 +210,33 @@ def check_training_lengths(num_batches: float, mesh: ParallelMesh) -> None:
 def check_same_batch(batch: Any, mesh: ParallelMesh) -> None:
     """Refuse batches that differ between ranks which share their samples; a collective call.
 
-    Ranks along ``context`` and ``tensor`` hold parts of one batch. Where each draws a batch of its own (shuffling
-    without a common seed and without Lightning's sampler), the parts do not belong together, and nothing else tells.
+    Ranks along ``pipeline``, ``context`` and ``tensor`` work on one batch. Where each draws a batch of its own
+    (shuffling without a common seed and without Lightning's sampler), their parts do not belong together, and nothing
+    else tells.
 
     Raises:
         ConfigError: Names the ranks.
     """
-    group = mesh.active_group(Axis.CONTEXT_TENSOR)
-    if group is None:
+    if mesh.config.model_size == 1:
         return
     prints = [_fingerprint(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    everybody: list[Any] = [None] * mesh.size(Axis.CONTEXT_TENSOR)
-    dist.all_gather_object(everybody, prints, group=group)
-    if any(other != everybody[0] for other in everybody):
-        raise ConfigError(
-            "train_dataloader",
-            f"different batches on ranks {list(mesh.ranks(Axis.CONTEXT_TENSOR))}",
-            "the same batch on all ranks that share a sample (axes context and tensor)",
-            "let Lightning inject its DistributedSampler, use trainer.distributed_sampler_kwargs for your own, or call "
-            "seed_everything before shuffling",
-        )
+    for ranks, found in _sharing_samples(_gather(prints, mesh), mesh):
+        if any(other != found[0] for other in found):
+            raise ConfigError(
+                "train_dataloader",
+                f"different batches on ranks {ranks}",
+                "the same batch on all ranks that share a sample (axes pipeline, context and tensor)",
+                "let Lightning inject its DistributedSampler, use trainer.distributed_sampler_kwargs for your own, or "
+                "call seed_everything before shuffling",
+            )
+
+
+def _sharing_samples(values: Sequence[Any], mesh: ParallelMesh) -> list[tuple[list[int], list[Any]]]:
+    """Group what all ranks have by the ranks that work on the same samples: those ranks, and their values."""
+    members: dict[int, list[int]] = {}
+    for rank in range(mesh.world_size):
+        members.setdefault(coordinate(mesh.config, Axis.DATA, rank), []).append(rank)
+    return [(ranks, [values[rank] for rank in ranks]) for ranks in members.values()]
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
@@ -176,9 +246,10 @@ def _fingerprint(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
 
 
 def check_evaluation_lengths(dataloader: object, mesh: ParallelMesh) -> None:
-    """Refuse an evaluation loader that leaves a rank without any batch; a collective call.
+    """Refuse an evaluation loader that lets ranks wait for each other for ever; a collective call.
 
-    Lightning skips the loop on such a rank, which then serves its experts to nobody.
+    Ranks that share samples need equal numbers of batches. Those that share experts need at least one: Lightning skips
+    the loop on a rank without any, which then serves its experts to nobody.
 
     Raises:
         ConfigError: Gives the number of batches on every rank.
@@ -186,10 +257,18 @@ def check_evaluation_lengths(dataloader: object, mesh: ParallelMesh) -> None:
     if not _has_len(dataloader):
         return
     lengths: list[int] = _gather(len(dataloader), mesh)
-    if any(lengths) and not all(lengths):
+    found = f"{lengths} batches on ranks 0..{len(lengths) - 1}"
+    if any(len(set(shared)) > 1 for _, shared in _sharing_samples(lengths, mesh)):
         raise ConfigError(
             "dataloader",
-            f"{lengths} batches on ranks 0..{len(lengths) - 1}",
+            found,
+            "the same number of batches on all ranks that share a sample (axes pipeline, context and tensor)",
+            "let Lightning inject its DistributedSampler, or use trainer.distributed_sampler_kwargs for your own",
+        )
+    if any(lengths) and not all(lengths) and mesh.size(Axis.EXPERT_MODEL) > 1:
+        raise ConfigError(
+            "dataloader",
+            found,
             "at least one batch on every rank",
             "evaluate on fewer devices, or on more samples: a rank without a batch cannot serve its experts",
         )

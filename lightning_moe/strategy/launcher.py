@@ -34,7 +34,14 @@ class ShardedMultiProcessingLauncher(_MultiProcessingLauncher):
     def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
         if worker_output.weights_path is not None:
             weights = self._strategy.checkpoint_io.load_checkpoint(worker_output.weights_path)
-            self._strategy.restore_whole_model(weights)
+            module = self._strategy.lightning_module
+            assert module is not None
+            # Lightning attaches modules in the workers only; configure_model asks the strategy for mesh and pipeline.
+            module.trainer = trainer
+            try:
+                self._strategy.restore_whole_model(weights)
+            finally:
+                module.trainer = None
             self._strategy.checkpoint_io.remove_checkpoint(worker_output.weights_path)
             worker_output = worker_output._replace(weights_path=None)
         super()._recover_results_in_main_process(worker_output, trainer)

@@ -10,10 +10,11 @@ from torch import nn
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import sharded_parameters, whole_shape
+from lightning_moe.parallel.stages import gather_stages
 
 
 def report_sizes(module: nn.Module, mesh: ParallelMesh) -> None:
-    """Say how large the whole model is, since Lightning's summary counts rank 0's part; and if an axis is idle.
+    """Say how large the whole model is, and if an axis is idle; a collective call where there is a pipeline.
 
     Args:
         module: The module with this rank's parameters.
@@ -21,9 +22,12 @@ def report_sizes(module: nn.Module, mesh: ParallelMesh) -> None:
     """
     parameters = sharded_parameters(module)
     local = sum(parameter.numel() for _, parameter, _ in parameters)
-    whole = sum(math.prod(whole_shape(parameter, specs)) for _, parameter, specs in parameters)
-    rank_zero_info(f"{mesh}: {whole:,} parameters in the whole model, {local:,} on this rank")
+    sizes = {name: math.prod(whole_shape(parameter, specs)) for name, parameter, specs in parameters}
     split = {spec.axis for _, _, specs in parameters for spec in specs}
+    for sizes_of_stage, split_of_stage in gather_stages((sizes, split), mesh):
+        sizes |= sizes_of_stage  # by name: tied weights count once
+        split |= split_of_stage
+    rank_zero_info(f"{mesh}: {sum(sizes.values()):,} parameters in the whole model, {local:,} on this rank")
     if mesh.size(Axis.TENSOR) > 1 and Axis.TENSOR not in split:
         rank_zero_warn(
             f"parallel.tensor is {mesh.size(Axis.TENSOR)}, but no parameter of {type(module).__name__} is split over "

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moe.config.parallel import ParallelConfig
+from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.layer import MoELayer
 from lightning_moe.moe.participation import number_layers, serve_until_idle
@@ -36,10 +37,8 @@ from lightning_moe.parallel.state import (
     gather_full_state_dict,
     load_full_state_dict,
 )
-from lightning_moe.strategy.checkpointed import CheckpointedStrategy
 from lightning_moe.strategy.checkpoints import RunCheckpoints
 from lightning_moe.strategy.checks import (
-    check_axes,
     check_callbacks,
     check_evaluation_lengths,
     check_finetuning,
@@ -52,13 +51,15 @@ from lightning_moe.strategy.elementwise import check_elementwise
 from lightning_moe.strategy.evaluation import finishes_dataloader
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from lightning_moe.strategy.overlap import WaitForWeights, forward_alone_reads_weights
+from lightning_moe.strategy.pipelined import PipelinedStrategy
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import StartMethod
 from lightning_moe.strategy.sizes import report_sizes
+from lightning_moe.strategy.substitutes import substitute_callbacks
 
 
-class MoEStrategy(CheckpointedStrategy):
-    """Expert, tensor, context and data parallelism for any LightningModule.
+class MoEStrategy(PipelinedStrategy):
+    """Pipeline, expert, tensor, context and data parallelism for a LightningModule.
 
     Parameters with a :class:`~lightning_moe.parallel.sharding.ShardSpec` (those of
     :class:`~lightning_moe.moe.MoELayer` and of the parallel layers have one) are split over ranks, all others are held
@@ -69,8 +70,13 @@ class MoEStrategy(CheckpointedStrategy):
     work on it. The expert axes lie across them. Gradients are those of the mean loss over the ranks of ``data`` and
     ``context``, equal to a single process on the global batch.
 
+    With ``pipeline`` > 1 the module describes its network by a :class:`~lightning_moe.pipeline.spec.PipelineSpec`,
+    builds it with :meth:`build_pipeline` in ``configure_model`` and runs it with :meth:`run_schedule` in its steps; any
+    module works with the other axes.
+
     Args:
         parallel: Sizes of the parallel axes; all ranks data-parallel when left out.
+        pipeline: Schedule and microbatches of the pipeline; its defaults when left out.
         start_method: How to start ranks that no external launcher (torchrun, SLURM) has started.
         process_group_backend: ``"nccl"``, ``"gloo"``, ...; by default the one for the device.
         timeout_seconds: Seconds after which a collective gives up.
@@ -87,12 +93,13 @@ class MoEStrategy(CheckpointedStrategy):
         precision_plugin: Set by the Trainer.
 
     Raises:
-        ConfigError: An axis that this release does not train with has a size above 1.
+        ConfigError: A value is out of range, or there is no such schedule for so many stages and microbatches.
     """
 
     def __init__(
         self,
         parallel: ParallelConfig | None = None,
+        pipeline: PipelineConfig | None = None,
         start_method: StartMethod = "popen",
         process_group_backend: str | None = None,
         timeout_seconds: float = 1800.0,
@@ -110,19 +117,18 @@ class MoEStrategy(CheckpointedStrategy):
             start_method,
             process_group_backend,
             timeout_seconds,
+            pipeline=pipeline,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        check_axes(self.parallel)
         if bucket_megabytes <= 0:
             raise ConfigError("bucket_megabytes", bucket_megabytes, "a positive number of MiB", "25 suits most links")
         self._bucket_bytes = int(bucket_megabytes * 2**20)
         self._optimizer_sharding = optimizer_sharding
         self._async_checkpoint = async_checkpoint
-        self._reducer: GradientReducer | None = None
         self._batch_checked = False
         self._trained_weights: dict[str, Any] = {}
 
@@ -134,6 +140,7 @@ class MoEStrategy(CheckpointedStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         check_callbacks(self.lightning_module.trainer, self.mesh)
+        substitute_callbacks(self.lightning_module.trainer, self.mesh)
         if self.mesh is not mesh_before:
             group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="checkpoint")
             self._checkpoints = RunCheckpoints(group, background=self._async_checkpoint)
@@ -146,6 +153,8 @@ class MoEStrategy(CheckpointedStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
+        if self.is_pipelined:
+            self._set_up_pipeline()
         layers = self._moe_layers()
         for layer in layers:
             layer.shard_(self.mesh)
@@ -160,10 +169,15 @@ class MoEStrategy(CheckpointedStrategy):
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
             optimizers = self._plain_optimizers()
-            check_optimizers(optimizers, trainer.lightning_module)
+            check_optimizers(optimizers, trainer.lightning_module, self.mesh)
             self._mains = MainParams(optimizers)
             self._reducer = GradientReducer(
-                self.model, self.mesh, self._bucket_bytes, self._mains, shard=self._optimizer_sharding
+                self.model,
+                self.mesh,
+                self._bucket_bytes,
+                self._mains,
+                shard=self._optimizer_sharding,
+                queue=self._queue,
             )
             for optimizer in optimizers:
                 if self._mains.shards(optimizer):
@@ -206,7 +220,7 @@ class MoEStrategy(CheckpointedStrategy):
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
         reducer = self._reducer
-        if reducer is None or not closure_loss.requires_grad:
+        if reducer is None or not closure_loss.requires_grad or reducer.holds_schedule:
             return
         reducer.arm()
 
@@ -325,7 +339,8 @@ class MoEStrategy(CheckpointedStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
-        if self.mesh.size(Axis.EXPERT_MODEL) > 1 and not self.lightning_module.trainer.training:
+        ranks_wait = self.mesh.config.model_size > 1 or self.mesh.size(Axis.EXPERT_MODEL) > 1
+        if ranks_wait and not self.lightning_module.trainer.training:
             check_evaluation_lengths(dataloader, self.mesh)
         return self._resume.process_dataloader(dataloader, self.lightning_module.trainer)
 

@@ -6,19 +6,20 @@ R rows (sorted by expert), E experts, K input width, N output width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moe.weight_grad.linear import MatmulGrad, compute_dtype
-from lightning_moe.weight_grad.sink import deliver, sink_of
+from lightning_moe.weight_grad.memory import is_aligned, without_the_rest
+from lightning_moe.weight_grad.sink import WeightGrad, deliver, sink_of
 
 
 @dataclass(frozen=True)
-class GroupedMatmulGrad:
+class GroupedMatmulGrad(WeightGrad):
     """For each expert ``grad_output^T @ rows`` over its own rows: the weight gradient of a grouped product.
 
     Attributes:
@@ -34,6 +35,20 @@ class GroupedMatmulGrad:
     counts: tuple[int, ...]
     offsets: Tensor
     grouped: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Both operands and the offsets."""
+        return self.grad_output, self.rows, self.offsets
+
+    @property
+    def flops(self) -> float:
+        """``2 R N K``."""
+        return 2.0 * self.grad_output.numel() * self.rows.shape[-1]
+
+    def compact(self) -> Self:
+        """With copies of operands that are parts of larger tensors."""
+        return replace(self, grad_output=without_the_rest(self.grad_output), rows=without_the_rest(self.rows))
 
     def compute(self) -> Tensor:
         """The gradient ``[E, N, K]`` in the dtype of the operands; zeros for experts without rows."""
@@ -124,8 +139,8 @@ def can_group(rows: Tensor, weight: Tensor) -> bool:
         supported
         and rows.shape[0] > 0
         and all(width * rows.element_size() % 16 == 0 for width in widths)
-        and _is_aligned(rows)
-        and _is_aligned(weight)
+        and is_aligned(rows)
+        and is_aligned(weight)
     )
 
 
@@ -146,7 +161,7 @@ class _GroupedLinear(torch.autograd.Function):
         # grouped_mm refuses stride 0, which the gradient of a sum has.
         grad_output = grad_output.contiguous()
         # With create_graph=True the gradient is differentiated again, through the loop.
-        grouped = ctx.grouped and _is_aligned(grad_output) and not torch.is_grad_enabled()
+        grouped = ctx.grouped and is_aligned(grad_output) and not torch.is_grad_enabled()
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_rows = _product(grad_output, weight.to(rows.dtype), ctx.counts, ctx.offsets, grouped)
@@ -168,7 +183,3 @@ def _loop(rows: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
     # unbind, and not indexing, because the gradient of an index is a tensor as large as the whole stack.
     pieces = zip(torch.split(rows, list(counts)), matrices.unbind(0), strict=True)
     return torch.cat([piece @ matrix for piece, matrix in pieces])
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0

@@ -5,18 +5,19 @@ T rows (tokens), K input width, N output width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_moe.weight_grad.sink import deliver, sink_of
+from lightning_moe.weight_grad.memory import without_the_rest
+from lightning_moe.weight_grad.sink import WeightGrad, deliver, sink_of
 
 
 @dataclass(frozen=True)
-class MatmulGrad:
+class MatmulGrad(WeightGrad):
     """``grad_output^T @ input``: the weight gradient of ``input @ weight^T``.
 
     Attributes:
@@ -26,6 +27,20 @@ class MatmulGrad:
 
     grad_output: Tensor
     input: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Both operands."""
+        return self.grad_output, self.input
+
+    @property
+    def flops(self) -> float:
+        """``2 T N K``."""
+        return 2.0 * self.grad_output.numel() * self.input.shape[-1]
+
+    def compact(self) -> Self:
+        """With copies of operands that are parts of larger tensors."""
+        return replace(self, grad_output=without_the_rest(self.grad_output), input=without_the_rest(self.input))
 
     def compute(self) -> Tensor:
         """The gradient ``[N, K]`` in the dtype of the operands."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_moe import MoEConfig, MoELayer, ParallelConfig, ParallelMesh
 from lightning_moe.callbacks import ExpertLoad
 from tests.distributed import RankPool
 from tests.strategy.tiny import TinyMoE, loader, trainer
@@ -110,3 +112,35 @@ def _dense_run() -> Logged:
     module = BoringModel()
     trainer(1, 0, callbacks=[ExpertLoad()], logger=memory, log_every_n_steps=1, max_steps=2).fit(module)
     return memory.logged
+
+
+def _on_stages(blocks: list[list[int]]) -> dict[str, float]:
+    """What is logged by a rank that holds some blocks; block ``n`` sends n + 1 tokens to one expert, 1 to another."""
+    mesh = ParallelMesh.build(ParallelConfig(pipeline=2, data=1))
+    module = BoringModel()
+    module.blocks = nn.ModuleDict()
+    for number in blocks[mesh.rank("pipeline")]:
+        layer = MoELayer(4, MoEConfig(num_experts=4, top_k=1, expert_hidden_size=4, load_balancing="none"), mesh)
+        nn.init.zeros_(layer.router.weight)
+        layer.router.weight.data[number % 4] = 1.0
+        module.blocks[str(number)] = layer
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(mesh=mesh), global_step=0, log_every_n_steps=1)
+    logged: dict[str, float] = {}
+    module.log_dict = lambda values: logged.update({name: float(value) for name, value in values.items()})
+    callback = ExpertLoad()
+    callback.on_train_start(trainer, module)
+    for number, layer in module.blocks.items():
+        layer(torch.ones(int(number) + 1, 4))
+        layer(-torch.ones(1, 4))
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, module, None, None, 0)
+    return logged
+
+
+def test_layers_of_all_stages_are_logged_in_the_order_of_the_model(ranks: RankPool) -> None:
+    """The first rank holds blocks on both sides of the other's, whose numbers are no alphabetical order."""
+    found = ranks.run(2, _on_stages, [[0, 10], [2, 9]])
+    assert found[0] == found[1]
+    busiest = [found[0][f"expert_load/{layer}/busiest"] for layer in range(4)]
+    assert busiest == pytest.approx([1 / 2, 3 / 4, 10 / 11, 11 / 12])
+    assert len(found[0]) == 4 * 3

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.optim import Optimizer
 
 from lightning_moe.checkpoint.contents import pack, targets, unpack
+from lightning_moe.checkpoint.stages import Stages
 from lightning_moe.parallel.main_params import MainParam
 from lightning_moe.parallel.mesh import ParallelMesh
 
@@ -36,11 +37,13 @@ def read_files(
     module: nn.Module,
     optimizers: Sequence[Optimizer],
     mains: Mapping[Tensor, MainParam],
+    mesh: ParallelMesh | None = None,
     *,
     strict: bool = True,
 ) -> dict[str, Any]:
     """Read this rank's part of a directory; a collective call."""
     metadata = FileSystemReader(path).read_metadata()
-    state = targets(metadata, module, optimizers, mains, path=path, strict=strict)
+    stages = Stages.gather(module, optimizers, mains, mesh)
+    state = targets(metadata, module, optimizers, mains, path=path, strict=strict, stages=stages)
     load(state, checkpoint_id=path)
-    return unpack(state, torch.load(path / "meta.pt"), module, optimizers, mains, path=path)
+    return unpack(state, torch.load(path / "meta.pt"), module, optimizers, mains, path=path, stages=stages)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_moe.cli import check
+from lightning_moe.cli.schedule_rules import SCHEDULE_RULES
 from lightning_moe.config.loader import Document, parse_yaml
 from lightning_moe.config.recipe import check_recipe
 from tests.cli.recipes import GOOD, edited
@@ -267,12 +268,68 @@ MALFORMED = {
         "a divisor of model.init_args.config.moe.num_experts = 7",
         "same number",
     ),
-    "axis that does not train": Bad(
+    "more stages than blocks": Bad(
         "        expert: 2",
-        "        expert: 1\n        pipeline: 2 #!",
+        "        pipeline: 2 #!\n      pipeline:\n        schedule: interleaved-1f1b\n        chunks: 3",
         f"{STRATEGY}.parallel.pipeline",
-        "1",
-        "without pipeline stages",
+        "at most 1, for 2 blocks on 3 chunks a rank",
+        "every stage holds something",
+    ),
+    "unknown schedule": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        schedule: zb-h #!",
+        f"{STRATEGY}.pipeline.schedule",
+        "zb-h1",
+        "did you mean 'zb-h1'?",
+    ),
+    "misspelt pipeline key": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        microbatches: 4 #!",
+        f"{STRATEGY}.pipeline.microbatches",
+        "num_microbatches",
+        "did you mean 'num_microbatches'?",
+    ),
+    "chunks that the schedule has not": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        schedule: 1f1b\n        chunks: 2 #!",
+        f"{STRATEGY}.pipeline.chunks",
+        "1 for 1f1b",
+        "",
+    ),
+    "more microbatches than samples": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        num_microbatches: 97 #!",
+        f"{STRATEGY}.pipeline.num_microbatches",
+        "at most data.init_args.batch_size = 96",
+        "a divisor of it",
+    ),
+    "depths of another model": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        blocks_per_stage: [3] #!",
+        f"{STRATEGY}.pipeline.blocks_per_stage",
+        "add up to the model's num_layers = 2",
+        "they add up to 3",
+    ),
+    "depths of another number of stages": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        blocks_per_stage: [1, 1] #!",
+        f"{STRATEGY}.pipeline.blocks_per_stage",
+        "one for each stage",
+        "",
+    ),
+    "costs of another model": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        block_costs: [1, 2, 3] #!",
+        f"{STRATEGY}.pipeline.block_costs",
+        "2 costs",
+        "3 are given",
+    ),
+    "depths and costs": Bad(
+        "      start_method: popen",
+        "      pipeline:\n        blocks_per_stage: [2] #!\n        block_costs: [1, 1]",
+        f"{STRATEGY}.pipeline.blocks_per_stage",
+        "null while block_costs is given",
+        "leave",
     ),
     "axis that would split dense layers": Bad(
         "        expert: 2",
@@ -367,7 +424,7 @@ def test_malformed_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_one_mistake_gives_one_message() -> None:
     """Rules that need a value which is missing or mistyped stay silent instead of guessing."""
     for name, bad in MALFORMED.items():
-        problems = check_recipe(parse_yaml(edited(bad.old, bad.new), "r.yaml")).problems
+        problems = check_recipe(parse_yaml(edited(bad.old, bad.new), "r.yaml"), SCHEDULE_RULES).problems
         assert len(problems) == 1, f"{name}: {[str(problem) for problem in problems]}"
 
 
@@ -417,10 +474,18 @@ def test_good_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("    class_path: lightning_moe.MoEStrategy", "    class_path: lightning_moe.strategy.MoEStrategy"),
         ("        expert: 2", "        expert: 1\n        data: 2"),
         ("seed_everything: 0", "seed_everything: true\nckpt_path: last.ckpt"),
+        ("        expert: 2", "        pipeline: 2"),
+        (
+            "        expert: 2",
+            "        pipeline: 2\n      pipeline: {schedule: zb-h2, num_microbatches: 7, max_lag: 1}",
+        ),
+        ("        expert: 2", "        pipeline: 2\n      pipeline: {schedule: 1f1b, blocks_per_stage: [0, 2]}"),
+        ("        expert: 2", "        pipeline: 2\n      pipeline: {schedule: interleaved-1f1b}"),
+        ("      start_method: popen", "      pipeline: {schedule: my_package.schedules:mine, num_microbatches: 4}"),
     ],
 )
 def test_other_good_recipes(old: str, new: str) -> None:
-    assert check_recipe(parse_yaml(edited(old, new), "r.yaml")).problems == ()
+    assert check_recipe(parse_yaml(edited(old, new), "r.yaml"), SCHEDULE_RULES).problems == ()
 
 
 @pytest.mark.parametrize("strategy", ["auto", "moe", "moe_spawn", "moe_fork", "ddp"])
@@ -526,7 +591,7 @@ def test_whatever_a_recipe_says_the_check_answers(changes: list[tuple[tuple[str 
             ):
                 place[path[-1]] = value
     document = Document(values, {"": "r.yaml:1"})
-    verdict = check_recipe(document)
+    verdict = check_recipe(document, SCHEDULE_RULES)
     assert all(problem.location == "r.yaml:1" and problem.allowed for problem in verdict.problems)
     if not verdict.problems:
         check.summarize(verdict.recipe)

@@ -12,7 +12,8 @@ from tests.cli.recipes import GOOD, edited
 def test_help_lists_the_commands(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([argument]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {command} " in printed for command in ("fit", "validate", "test", "predict", "check"))
+    commands = ("fit", "validate", "test", "predict", "check", "plan", "convert", "bench")
+    assert all(f"\n  {command} " in printed for command in commands)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,18 @@ BAD = {
         f"{CONFIG}.vocab_size",
         "at least 4096",
     ),
-    "stages": ("tensor: 2,", "pipeline: 2,", f"{PARALLEL}.pipeline", "1"),
+    "stages": (
+        "tensor: 2, context: 2, expert: 2, expert_tensor: 2",
+        "pipeline: 4",
+        f"{PARALLEL}.pipeline",
+        "at most 3, for 2 blocks",
+    ),
+    "microbatches": (
+        "{tensor: 2, context: 2, expert: 2, expert_tensor: 2}",
+        "{pipeline: 2}\n      pipeline: {num_microbatches: 9}",
+        "trainer.strategy.init_args.pipeline.num_microbatches",
+        "at most data.init_args.batch_size = 8",
+    ),
     "warm-up": ("warmup_steps: 10", "warmup_steps: 50", "model.init_args.optimizer.warmup_steps", "less than"),
     "unknown checkpointing": (
         "selective",

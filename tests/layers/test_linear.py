@@ -119,7 +119,11 @@ class Collector:
         self.main_grad = torch.full_like(weight, float("nan"), dtype=dtype, requires_grad=False)
         attach_sink(weight, self)
 
-    def take(self, grad: WeightGrad) -> bool:
+    @property
+    def defers(self) -> bool:
+        return False
+
+    def take(self, grad: WeightGrad, *, deferrable: bool = True) -> bool:
         if self.takes:
             grad.add_to(self.main_grad, accumulate=self.calls > 0)
         self.calls += 1

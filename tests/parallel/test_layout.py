@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
@@ -111,12 +113,33 @@ def test_expert_rank_lists_equal_megatron(megatron: ModuleType) -> None:
 def test_sizes_and_coordinates_agree_with_the_lists() -> None:
     for config in CONFIGS:
         (world,) = rank_lists(config, Axis.WORLD)
-        for axis in Axis:
+        for axis in set(Axis) - {Axis.TIED}:
             lists = rank_lists(config, axis)
             assert sorted(rank for ranks in lists for rank in ranks) == list(world)
             assert {len(ranks) for ranks in lists} == {axis_size(config, axis)}
             for ranks in lists:
                 assert [coordinate(config, axis, rank) for rank in ranks] == list(range(len(ranks)))
+
+
+@settings(max_examples=40)
+@given(pipeline=st.integers(1, 5), data=st.integers(1, 4), context=st.integers(1, 3), tensor=st.integers(1, 4))
+def test_tied_joins_the_first_stage_to_the_last(pipeline: int, data: int, context: int, tensor: int) -> None:
+    config = ParallelConfig(pipeline=pipeline, data=data, context=context, tensor=tensor)
+    world = range(pipeline * data * context * tensor)
+    lists = rank_lists(config, Axis.TIED)
+    assert sorted(rank for ranks in lists for rank in ranks) == list(world)  # a partition
+    assert [ranks[0] for ranks in lists] == sorted(ranks[0] for ranks in lists)
+    for ranks in lists:
+        stages = {coordinate(config, Axis.PIPELINE, rank) for rank in ranks}
+        assert list(ranks) == sorted(ranks)
+        assert len({coordinate(config, Axis.TENSOR, rank) for rank in ranks}) == 1
+        if stages & {0, pipeline - 1}:
+            assert stages == {0, pipeline - 1}
+            assert len(ranks) == data * context * len(stages)
+        else:
+            assert ranks in rank_lists(config, Axis.DATA_CONTEXT)
+        mesh = ParallelMesh(config, ranks[-1])
+        assert (mesh.ranks("tied"), mesh.size("tied"), mesh.rank("tied")) == (ranks, len(ranks), len(ranks) - 1)
 
 
 @pytest.fixture
@@ -171,10 +194,11 @@ def test_groups_are_created_in_the_order_of_megatron(
     monkeypatch.setattr(dist, "new_group", record_ours)
     mesh = ParallelMesh.build(config)
 
-    assert set(GROUP_NAMES.values()) == set(Axis) - {Axis.WORLD}
-    assert ours == theirs
+    assert set(GROUP_NAMES.values()) == set(Axis) - {Axis.WORLD, Axis.TIED}
+    assert [created for created in ours if created[0] is not Axis.TIED] == theirs
     resolved = config.resolve(fake_world)
-    assert ours == [(axis, ranks) for axis in list(Axis)[1:] for ranks in rank_lists(resolved, axis)]
+    created = [axis for axis in Axis if axis not in (Axis.WORLD, *([Axis.TIED] if config.pipeline == 1 else []))]
+    assert ours == [(axis, ranks) for axis in created for ranks in rank_lists(resolved, axis)]
     for axis in Axis:
         group = mesh.group(axis)
         assert group is not None

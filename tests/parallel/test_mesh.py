@@ -24,6 +24,7 @@ SHAPES = [
     (4, ParallelConfig(expert=2)),
     (4, ParallelConfig(expert=4)),
     (4, ParallelConfig(pipeline=2, tensor=2, expert=2)),
+    (4, ParallelConfig(pipeline=4)),
     (4, ParallelConfig(data=2, context=2, expert=2, expert_tensor=2)),
     (4, ParallelConfig(tensor=2, expert_tensor=2)),
 ]

@@ -22,10 +22,12 @@ from lightning_moe.parallel.sharding import (
     replica_axis_of,
     set_partial_grad,
     set_shard_spec,
+    set_tied,
     shard_axis_of,
     shard_specs,
     sharded_init_,
     sharded_parameters,
+    tied_parameters,
     whole_shape,
 )
 from tests.distributed import RankPool
@@ -182,6 +184,26 @@ def test_partial_gradients_are_marked_by_module_and_name() -> None:
     assert partial_grads(twin) == {twin[1][0].scale}  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"shard_spec\.name"):
         set_partial_grad(experts, "missing")
+
+
+def test_tied_parameters_are_marked_by_module_and_name() -> None:
+    root = model()
+    experts = root[1][0]  # type: ignore[index]
+    set_tied(experts, "scale")
+    assert tied_parameters(root) == {experts.scale}
+    twin = pickle.loads(pickle.dumps(root))
+    assert tied_parameters(twin) == {twin[1][0].scale}
+    with pytest.raises(ConfigError, match=r"shard_spec\.name"):
+        set_tied(experts, "missing")
+
+
+def test_gradients_of_tied_parameters_are_summed_over_both_stages() -> None:
+    rows = ShardSpec("tensor", 0, 4, (0, 1))
+    assert replica_axis_of((), tied=True) is replica_axis_of((rows,), tied=True) is Axis.TIED
+    assert replica_axis_of((rows,), tied=True, partial_grad=True) is Axis.TIED
+    for specs, partial_grad in (((SPEC,), False), ((), True)):
+        with pytest.raises(ConfigError, match="set_tied"):
+            replica_axis_of(specs, tied=True, partial_grad=partial_grad)
 
 
 @pytest.mark.parametrize("size", [8, 7, 2])

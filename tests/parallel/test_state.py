@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec, shard_specs, state_dict_specs
+from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec, set_tied, shard_specs, state_dict_specs
 from lightning_moe.parallel.state import broadcast_replicas, gather_full_state_dict, load_full_state_dict
 from tests.distributed import RankPool
 
@@ -159,6 +159,70 @@ def test_a_world_of_one_has_nothing_to_broadcast() -> None:
     module = filled((0, 1, 2, 3, 4))
     broadcast_replicas(module, ParallelMesh.single())
     assert_states_equal(local_state(module), WHOLE)
+
+
+class Stage(nn.Module):
+    """A stage of a pipeline: a table that the first and the last one have, experts, and what is no tensor."""
+
+    count: Tensor
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        super().__init__()
+        stage, last = mesh.rank("pipeline"), mesh.size("pipeline") - 1
+        self.blocks = nn.ModuleDict({str(number): Sharded((3, 0, 1, 2, 4)) for number in (stage, stage + last + 1)})
+        if stage in (0, last):
+            self.table = nn.Parameter(torch.full((2, 3), 7.0 + mesh.global_rank))
+            set_tied(self, "table")
+        self.register_buffer("count", torch.tensor(10 + stage))
+        self.note = f"stage {stage}"
+
+    def get_extra_state(self) -> str:
+        return self.note
+
+    def set_extra_state(self, state: str) -> None:
+        self.note = state
+
+
+def pass_through_rank_zero(config: ParallelConfig) -> tuple[float, dict[str, Tensor]]:
+    """Make replicas equal, collect the whole state, and load it into stages that hold other values."""
+    mesh = ParallelMesh.build(config)
+    module = Stage(mesh)
+    for block in module.blocks.values():
+        load_full_state_dict(block, WHOLE)
+    broadcast_replicas(module, mesh)
+    table = float(module.table.detach().mean()) if hasattr(module, "table") else 0.0
+    whole = gather_full_state_dict(module, mesh)
+    everywhere = [whole]
+    dist.broadcast_object_list(everywhere)
+    before = local_state(module.blocks)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    load_full_state_dict(module, everywhere[0], mesh)
+    assert_states_equal(local_state(module.blocks), before)
+    assert module.note == "stage 0"  # all have this name: the first one's counts
+    assert int(module.count) == 10
+    for wrong in ({"new": torch.zeros(1)}, {"blocks.1.rows": None}):
+        state = {name: value for name, value in (everywhere[0] | wrong).items() if value is not None}
+        with pytest.raises(ConfigError, match=next(iter(wrong))):  # on all stages, whichever has or misses it
+            load_full_state_dict(module, state, mesh)
+    return table, whole
+
+
+@pytest.mark.parametrize(
+    "config", [ParallelConfig(pipeline=2), ParallelConfig(pipeline=4), ParallelConfig(pipeline=2, tensor=2)], ids=str
+)
+def test_stages_make_up_one_state(ranks: RankPool, config: ParallelConfig) -> None:
+    world_size = config.pipeline * config.tensor
+    (_, whole), *others = results = ranks.run(world_size, pass_through_rank_zero, config)
+    assert [state for _, state in others] == [{}] * (world_size - 1)
+    ends = {0, config.pipeline - 1}
+    assert [table for table, _ in results] == [7.0 * (rank // config.tensor in ends) for rank in range(world_size)]
+    extra, table, count = (whole.pop(name) for name in ("_extra_state", "table", "count"))
+    assert (extra, int(count)) == ("stage 0", 10)
+    assert torch.equal(table, torch.full((2, 3), 7.0))
+    blocks = range(2 * config.pipeline)
+    assert_states_equal(whole, {f"blocks.{i}.{name}": value for i in blocks for name, value in WHOLE.items()})
 
 
 class ManyDtypes(nn.Module):

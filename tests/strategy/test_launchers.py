@@ -227,7 +227,7 @@ def test_sampler_arguments_before_any_process_exists() -> None:
     [
         ({"parallel": ParallelConfig(expert=3)}, "parallel.expert"),
         ({"parallel": ParallelConfig(data=3)}, "parallel.data"),
-        ({"parallel": ParallelConfig(pipeline=2)}, "parallel.pipeline"),
+        ({"parallel": ParallelConfig(pipeline=3)}, "parallel.pipeline*context*tensor"),
         ({"start_method": "forkserver"}, "start_method"),
         ({"timeout_seconds": 0}, "timeout_seconds"),
         ({"bucket_megabytes": -1}, "bucket_megabytes"),

@@ -19,7 +19,11 @@ class Collector:
         self.taking = taking
         self.grads: list[WeightGrad] = []
 
-    def take(self, grad: WeightGrad) -> bool:
+    @property
+    def defers(self) -> bool:
+        return False
+
+    def take(self, grad: WeightGrad, *, deferrable: bool = True) -> bool:
         if self.taking:
             self.grads.append(grad)
         return self.taking

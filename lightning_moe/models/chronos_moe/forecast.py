@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ DEFAULT_QUANTILE_LEVELS: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7,
 class ForecastMixin:
     """Prediction methods for a module that holds a :class:`ChronosMoEModel`.
 
-    When the experts are spread over ranks these methods are collective calls: every rank of the mesh makes
+    When the model is spread over ranks these methods are collective calls: every rank of the mesh makes
     the same calls with the same number of series.
     """
 
@@ -42,6 +42,10 @@ class ForecastMixin:
 
     def network(self) -> ChronosMoEModel:
         """The network to forecast with, built on first use."""
+        raise NotImplementedError
+
+    def forecast(self, context: Tensor) -> Tensor:
+        """Quantiles ``[B, Q, H]`` of contexts ``[B, T]`` in their units, from one pass of the network."""
         raise NotImplementedError
 
     def predict(
@@ -71,6 +75,7 @@ class ForecastMixin:
         series = _series_list(inputs)
         quantiles = forecast_quantiles(
             self.network(),
+            self.forecast,
             series,
             _checked_length(self.config, prediction_length, limit_prediction_length),
             batch_size,
@@ -159,7 +164,11 @@ class ForecastMixin:
 
 @torch.no_grad()
 def forecast_quantiles(
-    model: ChronosMoEModel, series: Sequence[Tensor], prediction_length: int, batch_size: int = 256
+    model: ChronosMoEModel,
+    forecast: Callable[[Tensor], Tensor],
+    series: Sequence[Tensor],
+    prediction_length: int,
+    batch_size: int = 256,
 ) -> Tensor:
     """Forecast raw series batch by batch, in rounds where the horizon is longer than the trained one.
 
@@ -167,7 +176,8 @@ def forecast_quantiles(
     signal.
 
     Args:
-        model: The network; put into eval mode meanwhile.
+        model: The network, or this rank's part of it; put into eval mode meanwhile.
+        forecast: Runs it: from contexts ``[B, T]`` to quantiles ``[B, Q, H]`` in their units.
         series: 1-D tensors, oldest value first, NaN where missing.
         prediction_length: Steps ``H`` to forecast.
         batch_size: Series per forward pass.
@@ -180,13 +190,15 @@ def forecast_quantiles(
     with _eval_mode(model):
         return torch.cat(
             [
-                _forecast_batch(model, series[start : start + batch_size], prediction_length)
+                _forecast_batch(model, forecast, series[start : start + batch_size], prediction_length)
                 for start in range(0, len(series), batch_size)
             ]
         )
 
 
-def _forecast_batch(model: ChronosMoEModel, series: Sequence[Tensor], prediction_length: int) -> Tensor:
+def _forecast_batch(
+    model: ChronosMoEModel, forecast: Callable[[Tensor], Tensor], series: Sequence[Tensor], prediction_length: int
+) -> Tensor:
     length = model.config.context_length
     recent = [one[-length:].to("cpu", torch.float64) for one in series]
     context = pad_sequence(recent, batch_first=True, padding_value=float("nan"), padding_side="left")
@@ -194,7 +206,7 @@ def _forecast_batch(model: ChronosMoEModel, series: Sequence[Tensor], prediction
     context = context.to(model.device, torch.float32 if model.device.type == "mps" else torch.float64)
     rounds: list[Tensor] = []
     while sum(part.shape[-1] for part in rounds) < prediction_length:
-        rounds.append(model.denormalize(model(context)))
+        rounds.append(forecast(context))
         context = torch.cat((context, rounds[-1][:, model.config.quantiles.index(0.5)]), dim=1)
     return torch.cat(rounds, dim=-1)[..., :prediction_length].to("cpu", torch.float64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -12,19 +13,23 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_moe.config import ChronosMoEConfig, OptimizerConfig
+from lightning_moe.config.chronos_size import chronos_size
 from lightning_moe.config.mapping import as_config
 from lightning_moe.errors import ConfigError
 from lightning_moe.metrics import ExpertLoad
 from lightning_moe.models.chronos_moe.forecast import ForecastMixin
-from lightning_moe.models.chronos_moe.loss import quantile_loss_sum
 from lightning_moe.models.chronos_moe.model import ChronosMoEModel, ChronosMoEOutput
 from lightning_moe.models.chronos_moe.pretrained import load_config, load_weights, save_model
 from lightning_moe.models.chronos_moe.scores import ForecastScores
 from lightning_moe.models.optimizer import adamw
-from lightning_moe.models.ranks import mean_over_data_ranks, mesh_of
-from lightning_moe.models.routing import auxiliary_loss, load_imbalance, tokens_per_expert
+from lightning_moe.models.pipelined import run_step, take_over
+from lightning_moe.models.ranks import mean_over_data_ranks, mesh_of, on_first_stage, pipeline_of
+from lightning_moe.models.routing import load_imbalance
+from lightning_moe.models.tasks import Predicting, Scoring, Task, Training
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.pipeline.parts import ModelPart
+from lightning_moe.pipeline.spec import PipelineSpec, ScheduleResult
 
 Batch = dict[str, Tensor]
 
@@ -70,23 +75,44 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
 
     # ---- building
 
+    def pipeline_spec(self) -> PipelineSpec:
+        """How the network is cut into stages and what its pieces cost, for strategies with pipelines."""
+        costs = chronos_size(self.config).relative_costs
+        return PipelineSpec(
+            num_blocks=self.config.num_layers,
+            build=self._build,
+            block_costs=costs.blocks,
+            embed_cost=costs.embed,
+            head_cost=costs.head,
+        )
+
     def configure_model(self) -> None:
-        """Build the network once: this rank's experts under a strategy with a mesh, all of them otherwise.
+        """Build the network once: this rank's blocks and experts under a strategy with a mesh, all of it otherwise.
 
         Raises:
             ConfigError: The mesh splits sequences or dense layers, which this model does not.
         """
-        if self.model is None:
-            mesh = mesh_of(self) or ParallelMesh.single()
-            for axis in (Axis.CONTEXT, Axis.TENSOR):
-                if mesh.size(axis) > 1:
-                    raise ConfigError(
-                        f"parallel.{axis}",
-                        mesh.size(axis),
-                        "1 with ChronosMoE",
-                        "its dense layers are not split; spread its experts (expert, expert_tensor) and the data",
-                    )
-            self.model = ChronosMoEModel(self.config, mesh)
+        runner, before = pipeline_of(self), self.model
+        if runner is not None:
+            if before is None or before.parts is None:
+                network = runner.build_pipeline(self.pipeline_spec())
+                assert isinstance(network, ChronosMoEModel)
+                self.model = take_over(network, before)
+        elif before is None:
+            self.model = self._build()
+
+    def _build(self, parts: Sequence[ModelPart] | None = None) -> ChronosMoEModel:
+        mesh = mesh_of(self) or ParallelMesh.single()
+        for axis in (Axis.CONTEXT, Axis.TENSOR):
+            if mesh.size(axis) > 1:
+                raise ConfigError(
+                    f"parallel.{axis}",
+                    mesh.size(axis),
+                    "1 with ChronosMoE",
+                    "its dense layers are not split; spread its blocks (pipeline), its experts (expert, expert_tensor) "
+                    "and the data",
+                )
+        return ChronosMoEModel(self.config, mesh, parts=parts)
 
     def network(self) -> ChronosMoEModel:
         """The network, built on first use."""
@@ -103,36 +129,19 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forecast loss plus the auxiliary losses of the routers."""
-        output = self.network()(batch["context"])
-        loss_sum, valid = self._loss(output, batch["target"])
+        mean_terms = mean_over_data_ranks(self, self.network().num_terms(batch["target"]))
         # A batch without any valid point has a sum of zero; the bound only keeps 0 / 0 away.
-        loss = loss_sum / mean_over_data_ranks(self, valid).clamp(min=1e-9).to(loss_sum.dtype)
-        logs = {"train_loss": loss.detach()}
-        if output.routing:
-            auxiliary = auxiliary_loss(output.routing)
-            logs["auxiliary_loss"] = auxiliary.detach()
-            logs["expert_load_imbalance"] = load_imbalance(output.routing)
-            loss = loss + auxiliary
-        self.log("train_loss", logs.pop("train_loss"), prog_bar=True)
-        self.log_dict(logs)  # tensors: Lightning reads them when the logger or progress bar does, not every step
-        return loss
+        mean_terms = mean_terms.clamp(min=1e-9)
+        result = self._run(batch, Training(mean_terms))
+        self.log("train_loss", result.metrics["loss_sum"] / mean_terms, prog_bar=True)
+        if self.expert_load is not None:
+            # Tensors: Lightning reads them when the logger or progress bar does, not every step.
+            imbalance = load_imbalance(result.metrics["tokens_per_expert"])
+            self.log_dict({"auxiliary_loss": result.metrics["auxiliary"], "expert_load_imbalance": imbalance})
+        return result.loss
 
-    def _loss(self, output: ChronosMoEOutput, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the quantile loss, and the number of terms in it (observed points times levels)."""
-        network = self.network()
-        horizon = target.shape[1]
-        if horizon > self.config.prediction_length:
-            raise ConfigError(
-                "data.prediction_length",
-                horizon,
-                f"at most config.prediction_length = {self.config.prediction_length}",
-            )
-        normalized, observed = network.normalize_target(target, output.statistics)
-        quantiles = output.quantiles[..., :horizon]
-        levels = network.quantile_levels(quantiles)
-        config = self.config
-        loss_sum = quantile_loss_sum(quantiles, normalized, observed, levels, config.loss, config.huber_delta)
-        return loss_sum, observed.sum() * len(config.quantiles)
+    def _run(self, batch: Batch, task: Task, *, outputs: bool = False) -> ScheduleResult:
+        return run_step(self, self.network(), batch, task, outputs=outputs)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with linear warm-up and cosine decay over the whole run, moved at every step."""
@@ -171,7 +180,11 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the quantiles ``[B, H, Q]`` of a batch in original units, float64."""
-        return self._original_units(self.network()(batch["context"]), batch["scale"]).transpose(1, 2)
+        return self._original_units(self.forecast(batch["context"]), batch["scale"]).transpose(1, 2)
+
+    def forecast(self, context: Tensor) -> Tensor:
+        """Quantiles ``[B, Q, H]`` of contexts ``[B, T]`` in their units, on all ranks that share the model."""
+        return torch.cat(self._run({"context": context}, Predicting(), outputs=True).outputs)
 
     def _begin_scores(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -184,17 +197,17 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
 
     def _score(self, batch: Batch) -> None:
         assert self.scores is not None, "Lightning calls the epoch-start hook first"
-        output = self.network()(batch["context"])
-        loss_sum, valid = self._loss(output, batch["target"])
-        self.scores.loss.update(loss_sum, valid)
+        result = self._run(batch, Scoring(), outputs=True)
+        # All stages of a pipeline add the same: every score but the load of experts is a quotient of what they add.
+        self.scores.loss.update(result.metrics["loss_sum"], self.network().num_terms(batch["target"]))
         target = batch["target"].double() * batch["scale"].double()[:, None]
-        quantiles = self._original_units(output, batch["scale"])[..., : target.shape[1]]
+        quantiles = self._original_units(torch.cat(result.outputs), batch["scale"])[..., : target.shape[1]]
         index = batch["dataset_index"]
         if self.scores.datasets == _POOLED:
             index = torch.zeros_like(index)
         self.scores.update(quantiles, target, batch["seasonal_error"], index)
         if self.expert_load is not None:
-            self.expert_load.update(tokens_per_expert(output.routing))
+            self.expert_load.update(on_first_stage(self, result.metrics["tokens_per_expert"]))
 
     def _log_scores(self, stage: str) -> None:
         assert self.scores is not None
@@ -202,8 +215,8 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
             # Equal on all ranks already; sync_dist only keeps Lightning from warning about each of them.
             self.log(f"{stage}_{name}", value.float(), prog_bar=name in ("mase", "wql"), sync_dist=True)
 
-    def _original_units(self, output: ChronosMoEOutput, scale: Tensor) -> Tensor:
-        return self.network().denormalize(output).double() * scale.double()[:, None, None]
+    def _original_units(self, quantiles: Tensor, scale: Tensor) -> Tensor:
+        return quantiles.double() * scale.double()[:, None, None]
 
     # ---- files
 

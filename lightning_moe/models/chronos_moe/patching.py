@@ -21,6 +21,32 @@ class InstanceStatistics(NamedTuple):
     scale: Tensor
 
 
+class NormalizedContext(NamedTuple):
+    """A context in normalised units."""
+
+    values: Tensor
+    """``[B, C]``, zero where not observed."""
+    observed: Tensor
+    """bool ``[B, C]``."""
+    statistics: InstanceStatistics
+    """What it was normalised by."""
+
+
+def normalize_context(context: Tensor, use_arcsinh: bool) -> NormalizedContext:
+    """Bring each series to level 0 and spread 1.
+
+    Args:
+        context: ``[B, C]``, NaN or infinity where not observed; computed in its dtype, float32 at least.
+        use_arcsinh: See :func:`normalize`.
+    """
+    context = context.to(torch.promote_types(context.dtype, torch.float32))
+    observed = context.isfinite()
+    values = torch.where(observed, context, 0.0)
+    statistics = instance_statistics(values, observed)
+    values = torch.where(observed, normalize(values, statistics, use_arcsinh), 0.0)
+    return NormalizedContext(values, observed, statistics)
+
+
 def instance_statistics(values: Tensor, observed: Tensor) -> InstanceStatistics:
     """Mean and standard deviation (without Bessel's correction) over the observed steps of each series.
 

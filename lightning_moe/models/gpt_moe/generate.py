@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,9 +15,19 @@ from lightning_moe.models.gpt_moe.sampling import Sampling
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.weight_grad import compute_dtype
 
+NextLogits = Callable[[Tensor], Tensor]
+"""From tokens ``[B, S]`` to the logits ``[B, V]`` of what follows them, the same on all ranks."""
+
 
 @torch.no_grad()
-def generate(model: GPTMoEModel, tokens: Tensor, max_new_tokens: int, sampling: Sampling, seed: int) -> Tensor:
+def generate(
+    model: GPTMoEModel,
+    tokens: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    next_logits: NextLogits | None = None,
+) -> Tensor:
     """Continue sequences; a collective call, with the same arguments on all ranks of the model's mesh.
 
     Args:
@@ -26,6 +36,8 @@ def generate(model: GPTMoEModel, tokens: Tensor, max_new_tokens: int, sampling: 
         max_new_tokens: Number of tokens to add to each.
         sampling: How they are drawn.
         seed: Seed of the draws; torch's default generators are left alone.
+        next_logits: Runs the model, where this rank holds a part of it only; None for a whole model, which keeps the
+            keys and values of earlier tokens.
 
     Returns:
         int64 ``[B, S + max_new_tokens]``, the same on all ranks.
@@ -53,11 +65,22 @@ def generate(model: GPTMoEModel, tokens: Tensor, max_new_tokens: int, sampling: 
     sequences = [tokens.to(model.device)]
     # Every step has other shapes; compiling for each would take longer than all of them.
     with _evaluating(model), torch.compiler.set_stance("force_eager"):
-        caches = model.new_caches(batch, length + max_new_tokens, compute_dtype(model.embedding.weight))
+        if next_logits is None:
+            next_logits = _with_caches(model, batch, length + max_new_tokens)
         for _ in range(max_new_tokens):
-            logits = model.logits(sequences[-1], caches=caches)[:, -1]
+            logits = next_logits(torch.cat(sequences, dim=1))
             sequences.append(_agreed(sampling.draw(logits, generator), model)[:, None])
     return torch.cat(sequences, dim=1)
+
+
+def _with_caches(model: GPTMoEModel, batch: int, max_length: int) -> NextLogits:
+    """Run a whole model on what has been added since the last call."""
+    caches = model.new_caches(batch, max_length, compute_dtype(model.output_weight))
+
+    def next_logits(tokens: Tensor) -> Tensor:
+        return model.logits(tokens[:, caches[0].length :], caches=caches)[:, -1]
+
+    return next_logits
 
 
 def _agreed(tokens: Tensor, model: GPTMoEModel) -> Tensor:

@@ -1,4 +1,4 @@
-"""The GPT-MoE network: a causal decoder whose experts, heads, vocabulary and sequences are spread over ranks.
+"""The GPT-MoE network: a causal decoder whose blocks, experts, heads, vocabulary and sequences are spread over ranks.
 
 B batch, S sequence, Q tokens of a sequence on this context rank, T = B * Q, D model width, V vocabulary.
 """
@@ -6,33 +6,36 @@ B batch, S sequence, Q tokens of a sequence on this context rank, T = B * Q, D m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_moe.config.gpt import ActivationCheckpointing, GPTMoEConfig
-from lightning_moe.config.gpt_rules import sequence_parts
 from lightning_moe.errors import ConfigError
 from lightning_moe.layers import (
     KVCache,
     RMSNorm,
     TokenLayout,
     VocabParallelEmbedding,
-    attention_mask,
     linear_cross_entropy,
-    rope_frequencies,
-    rope_tables_at,
     whole_logits,
 )
 from lightning_moe.layers.cross_entropy import IGNORED_LABEL
-from lightning_moe.models.gpt_moe.block import BlockInputs, GPTMoEBlock, mark_norm
+from lightning_moe.models.gpt_moe.block import GPTMoEBlock, mark_norm
 from lightning_moe.models.gpt_moe.head import OutputProjection
+from lightning_moe.models.gpt_moe.inputs import InputLayer
+from lightning_moe.models.pipelined import check_whole, held
+from lightning_moe.models.routing import as_metric, auxiliary_loss, routing_metrics
+from lightning_moe.models.tasks import Predicting, Training
 from lightning_moe.moe.layer import MoELayer, RoutingInfo
 from lightning_moe.moe.participation import number_layers
-from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.main_params import gather_in_forward
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import set_tied
+from lightning_moe.pipeline.parts import ModelPart
+from lightning_moe.pipeline.spec import Carry, Microbatch, PartOutput
 
 
 class GPTMoEOutput(NamedTuple):
@@ -49,22 +52,25 @@ class GPTMoEOutput(NamedTuple):
 class GPTMoEModel(nn.Module):
     """Embedding, blocks, final norm and output projection; this rank's part of each.
 
-    Training gives every rank of the axes context and tensor the same batch. Each context rank takes its contiguous
-    chunk of every sequence, and under sequence parallelism (``mesh.config.sequence_parallel``) each tensor rank its
-    slice of the chunk's tokens.
+    Training gives every rank of the axes pipeline, context and tensor the same batch. Each context rank takes its
+    contiguous chunk of every sequence, and under sequence parallelism (``mesh.config.sequence_parallel``) each tensor
+    rank its slice of the chunk's tokens. Stages of a pipeline hand on hidden states.
 
     Args:
         config: Sizes of the network.
         mesh: This rank's place; None for a model that is whole in this process.
+        parts: What of the model to build, for a pipeline; None builds all of it. The names and the initial weights are
+            those of a whole model that is built with the same seed.
         activation_checkpointing: What is computed again in the backward pass instead of being kept.
         loss_chunk_tokens: Number of tokens whose logits exist at a time; None for all.
         compile_blocks: Whether ``torch.compile`` compiles the attention and the dense feed-forward layers.
 
     Attributes:
-        embedding: The :class:`VocabParallelEmbedding`.
-        blocks: The :class:`GPTMoEBlock` of every layer.
-        final_norm: The norm before the output projection.
-        lm_head: The :class:`OutputProjection`; None where the embedding serves as one.
+        parts: What has been built; None for a model that was not cut for a pipeline.
+        embedding: The :class:`VocabParallelEmbedding`; None where neither it nor its use as output projection is held.
+        blocks: The :class:`GPTMoEBlock` of every layer held, named by its number in the whole model.
+        final_norm: The norm before the output projection; None where that is not held.
+        lm_head: The :class:`OutputProjection`; None where it is not held or the embedding serves as one.
 
     Raises:
         ConfigError: The ranks do not divide what they are to share, or an argument is unknown.
@@ -75,6 +81,7 @@ class GPTMoEModel(nn.Module):
         config: GPTMoEConfig,
         mesh: ParallelMesh | None = None,
         *,
+        parts: Sequence[ModelPart] | None = None,
         activation_checkpointing: ActivationCheckpointing = "none",
         loss_chunk_tokens: int | None = 1024,
         compile_blocks: bool = False,
@@ -85,42 +92,63 @@ class GPTMoEModel(nn.Module):
             raise ConfigError("activation_checkpointing", activation_checkpointing, "one of " + ", ".join(kinds))
         self.config = config
         self.mesh = mesh if mesh is not None else ParallelMesh.single()
+        self.parts = None if parts is None else tuple(parts)
         self.loss_chunk_tokens = loss_chunk_tokens
-        std = config.init_std
-        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, self.mesh, init_std=std)
-        self.blocks = nn.ModuleList(
-            GPTMoEBlock(config, layer, self.mesh, activation_checkpointing) for layer in range(config.num_layers)
-        )
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        mark_norm(self.final_norm, self.mesh)
+        self._whole = ModelPart.whole(config.num_layers)
+        own = self.parts if self.parts is not None else (self._whole,)
+        first, last = any(part.first for part in own), any(part.last for part in own)
+        layers = {layer for part in own for layer in part.blocks}
+        matrix = (config.vocab_size, config.hidden_size, self.mesh)
+        embedding = partial(VocabParallelEmbedding, *matrix, init_std=config.init_std)
+        self.embedding = held(embedding, first or (last and config.tie_embeddings))
+        self.blocks = nn.ModuleList()
+        for layer in range(config.num_layers):
+            block = held(partial(GPTMoEBlock, config, layer, self.mesh, activation_checkpointing), layer in layers)
+            if block is not None:
+                self.blocks.add_module(str(layer), block)
+        self.final_norm = held(partial(RMSNorm, config.hidden_size, config.norm_eps), last)
         self.lm_head = None
         if not config.tie_embeddings:
-            self.lm_head = OutputProjection(config.vocab_size, config.hidden_size, self.mesh, init_std=std)
-            gather_in_forward(self.final_norm, self.lm_head)
-        gather_in_forward(self.embedding)  # the first to be called, also where the output projection is the same
+            self.lm_head = held(partial(OutputProjection, *matrix, init_std=config.init_std), last)
+        self._mark_ends(first=first)
         number_layers([module for module in self.modules() if isinstance(module, MoELayer)])
-        # No buffer: it would be cast with the module (see the note in lightning_moe.layers.rope).
-        self._frequencies, self._attention_factor = rope_frequencies(
-            config.head_width, config.rope_theta, config.rope_scaling
-        )
+        self._inputs = InputLayer(config, self.mesh)
         if compile_blocks:
-            for block in self._blocks():
-                block.compile_dense_parts()
+            for each in self._blocks():
+                each.compile_dense_parts()
+
+    def _mark_ends(self, *, first: bool) -> None:
+        """Say what must be known of the weights before and after the blocks."""
+        if self.embedding is not None:
+            if first != (self.final_norm is not None) and self.config.tie_embeddings:
+                set_tied(self.embedding, "weight")
+            if first:
+                gather_in_forward(self.embedding)  # called before its use as output projection
+        if self.final_norm is None:
+            return
+        mark_norm(self.final_norm, self.mesh)
+        if self.lm_head is not None:
+            gather_in_forward(self.final_norm, self.lm_head)
+        elif not first:
+            assert self.embedding is not None, "it is the output projection"
+            gather_in_forward(self.final_norm, self.embedding)
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return self.embedding.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.embedding.weight.device
+        return next(self.parameters()).device
 
     @property
     def output_weight(self) -> nn.Parameter:
-        """This rank's rows ``[V, D]`` of the output projection."""
-        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        """This rank's rows ``[V, D]`` of the output projection, where the end of the model is held."""
+        holder = self.embedding if self.lm_head is None else self.lm_head
+        assert holder is not None, "the end of the model is held by another stage"
+        return holder.weight
 
     def forward(
         self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
@@ -135,21 +163,14 @@ class GPTMoEModel(nn.Module):
                 token attends to; None for one document.
 
         Raises:
-            ConfigError: The ranks do not divide the sequence, or it is longer than the model is made for.
+            ConfigError: The ranks do not divide the sequence, or it is longer than the model is made for; or only a
+                part of the model is held.
         """
-        layout = self._training_layout(tokens)
-        hidden, routing = self._hidden_states(tokens, positions, documents, layout)
-        labels = self.own_chunk(labels)
-        loss_sum = linear_cross_entropy(
-            hidden,
-            self.output_weight,
-            labels,
-            mesh=self.mesh,
-            vocab_size=self.config.vocab_size,
-            layout=layout,
-            chunk_tokens=self.loss_chunk_tokens,
-        )
-        return GPTMoEOutput(loss_sum, (labels != IGNORED_LABEL).sum(), routing)
+        check_whole(self.parts, self.config.num_layers)
+        layout = self._inputs.training_layout(tokens)
+        hidden, routing = self._through(self._whole, None, tokens, positions, documents, layout)
+        loss_sum = self._loss_sum(hidden, labels, layout)
+        return GPTMoEOutput(loss_sum, self.num_labels(labels), tuple(routing.values()))
 
     def logits(
         self,
@@ -170,14 +191,14 @@ class GPTMoEModel(nn.Module):
 
         Returns:
             ``[B, S, V]``, the same on all ranks of the axes context and tensor.
+
+        Raises:
+            ConfigError: Only a part of the model is held.
         """
-        batch, length = tokens.shape
-        layout = TokenLayout(batch, length)
-        hidden, _ = self._hidden_states(tokens, positions, documents, layout, caches)
-        logits = whole_logits(
-            hidden, self.output_weight, mesh=self.mesh, vocab_size=self.config.vocab_size, layout=layout
-        )
-        return logits.view(batch, length, -1)
+        check_whole(self.parts, self.config.num_layers)
+        layout = TokenLayout(*tokens.shape)
+        hidden, _ = self._through(self._whole, None, tokens, positions, documents, layout, caches)
+        return self._logits(hidden, layout)
 
     def new_caches(self, batch: int, max_length: int, dtype: torch.dtype) -> list[KVCache]:
         """Empty caches, one for each block, for ``batch`` sequences of at most ``max_length`` tokens."""
@@ -195,66 +216,103 @@ class GPTMoEModel(nn.Module):
 
     def own_chunk(self, values: Tensor) -> Tensor:
         """This context rank's part ``[B, Q]`` of what is given for whole sequences, ``[B, S]``."""
-        length = values.shape[1] // self.mesh.size(Axis.CONTEXT)
-        return values.narrow(1, self.mesh.rank(Axis.CONTEXT) * length, length)
+        return self._inputs.own_chunk(values)
 
-    def _blocks(self) -> list[GPTMoEBlock]:
-        return [block for block in self.blocks if isinstance(block, GPTMoEBlock)]
+    def num_labels(self, labels: Tensor) -> Tensor:
+        """How many of the labels ``[B, S]`` are to be predicted by this context rank, int64 scalar."""
+        return (self.own_chunk(labels) != IGNORED_LABEL).sum()
 
-    def _training_layout(self, tokens: Tensor) -> TokenLayout:
-        batch, length = tokens.shape
-        parts, longest = sequence_parts(self.mesh.config), self.config.max_sequence_length
-        if length > longest:
-            raise ConfigError("data.sequence_length", length, f"at most config.max_sequence_length = {longest}")
-        if length % parts:
-            raise ConfigError(
-                "data.sequence_length",
-                length,
-                f"a multiple of {parts}: the context ranks times, with sequence_parallel, the tensor ranks",
-                "each of them holds an equal part of every sequence",
-            )
-        context = self.mesh.size(Axis.CONTEXT)
-        return TokenLayout(
-            batch,
-            length // context,
-            sequence_parallel=self.mesh.config.sequence_parallel and self.mesh.size(Axis.TENSOR) > 1,
-            context_parallel=context > 1,
-        )
+    # ---- parts
 
-    def _hidden_states(
+    def run_part(self, part: int, carry: Carry, microbatch: Microbatch) -> PartOutput:
+        """Run one of ``parts`` (see :class:`~lightning_moe.pipeline.spec.PipelinedModel`).
+
+        The microbatch has the batch of :class:`~lightning_moe.models.gpt_moe.GPTMoE` as data, and a
+        :data:`~lightning_moe.models.tasks.Task` as context. Parts hand on the hidden states. The last one's prediction
+        is that of the token that follows the last one of each sequence: logits ``[B, V]``, when predicting.
+        """
+        assert self.parts is not None, "not built for a pipeline"
+        return self._run(self.parts[part], carry, microbatch)
+
+    def run_whole(self, microbatch: Microbatch) -> PartOutput:
+        """Run all of the model as :meth:`run_part` runs a part.
+
+        Raises:
+            ConfigError: Only a part of the model is held.
+        """
+        check_whole(self.parts, self.config.num_layers)
+        return self._run(self._whole, (), microbatch)
+
+    def _run(self, part: ModelPart, carry: Carry, microbatch: Microbatch) -> PartOutput:
+        task, batch = microbatch.context, microbatch.data
+        tokens, predicting = batch["tokens"], isinstance(task, Predicting)
+        layout = TokenLayout(*tokens.shape) if predicting else self._inputs.training_layout(tokens)
+        packing = batch.get("positions"), batch.get("documents")
+        hidden, routing = self._through(part, carry[0] if carry else None, tokens, *packing, layout)
+        order = {layer: position for position, layer in enumerate(self.config.moe_layers)}
+        by_position = {order[layer]: routed for layer, routed in routing.items()}
+        metrics = routing_metrics(by_position, len(order), microbatch.weight)
+        loss = output = None
+        if part.last:
+            loss_sum = hidden.new_zeros(()) if predicting else self._loss_sum(hidden, batch["labels"], layout)
+            metrics["loss_sum"] = as_metric(loss_sum)
+            if isinstance(task, Training):
+                loss = task.loss(loss_sum, microbatch.weight)
+            elif predicting:
+                newest = hidden.view(layout.batch, layout.length, -1)[:, -1]
+                output = self._logits(newest, TokenLayout(layout.batch, 1))[:, -1]
+        if isinstance(task, Training) and routing:
+            auxiliary = auxiliary_loss(routing.values())
+            loss = auxiliary if loss is None else loss + auxiliary
+        return PartOutput(() if part.last else (hidden,), loss, metrics, output)
+
+    def _through(
         self,
+        part: ModelPart,
+        hidden: Tensor | None,
         tokens: Tensor,
         positions: Tensor | None,
         documents: Tensor | None,
         layout: TokenLayout,
         caches: Sequence[KVCache] | None = None,
-    ) -> tuple[Tensor, tuple[RoutingInfo, ...]]:
-        """Normed hidden states before the output projection, as ``layout`` says, and what the routers did."""
+    ) -> tuple[Tensor, dict[int, RoutingInfo]]:
+        """Hidden states after a part, normed by the last one, as ``layout`` says; what the routers did, by layer."""
         past = caches[0].length if caches else 0
-        length = tokens.shape[1]
-        if positions is None:
-            positions = torch.arange(past, past + length, device=tokens.device)[None]
-        mask = attention_mask(documents, length, self.config.sliding_window, tokens.device, past=past)
-        if layout.context_parallel:
-            tokens, positions = self.own_chunk(tokens), self.own_chunk(positions)
-        self._frequencies = self._frequencies.to(tokens.device)
-        rope = rope_tables_at(positions, self._frequencies, self._attention_factor, self.dtype)
-        inputs = BlockInputs(layout, rope, mask, self._sequence_of_tokens(layout, tokens.device))
-        hidden = self.embedding(tokens, layout)
-        routing: list[RoutingInfo] = []
-        for layer, block in enumerate(self._blocks()):
-            hidden, routed = block(hidden, inputs, caches[layer] if caches else None)
+        inputs = self._inputs.block_inputs(tokens, positions, documents, layout, self.dtype, past)
+        if part.first:
+            assert self.embedding is not None
+            hidden = self.embedding(self._inputs.own_tokens(tokens, layout), layout)
+        routing: dict[int, RoutingInfo] = {}
+        for layer in part.blocks:
+            hidden, routed = self.blocks.get_submodule(str(layer))(hidden, inputs, caches[layer] if caches else None)
             if routed is not None:
-                routing.append(routed)
-        return self.final_norm(hidden), tuple(routing)
+                routing[layer] = routed
+        assert hidden is not None, "the part before it gives them"
+        if part.last:
+            assert self.final_norm is not None
+            normed: Tensor = self.final_norm(hidden)
+            return normed, routing
+        return hidden, routing
 
-    def _sequence_of_tokens(self, layout: TokenLayout, device: torch.device) -> Tensor | None:
-        """Number of the sequence of each of this rank's hidden states; None where no loss is taken per sequence."""
-        moe = self.config.moe
-        if moe is None or moe.load_balancing != "sequence":
-            return None
-        sequence = torch.arange(layout.num_tokens, device=device) // layout.length
-        if not layout.sequence_parallel:
-            return sequence
-        share = layout.num_tokens // self.mesh.size(Axis.TENSOR)
-        return sequence.narrow(0, self.mesh.rank(Axis.TENSOR) * share, share)
+    def _loss_sum(self, hidden: Tensor, labels: Tensor, layout: TokenLayout) -> Tensor:
+        """Sum of the losses of this context rank's part of ``labels`` ``[B, S]``."""
+        loss_sum: Tensor = linear_cross_entropy(
+            hidden,
+            self.output_weight,
+            self.own_chunk(labels),
+            mesh=self.mesh,
+            vocab_size=self.config.vocab_size,
+            layout=layout,
+            chunk_tokens=self.loss_chunk_tokens,
+        )
+        return loss_sum
+
+    def _logits(self, hidden: Tensor, layout: TokenLayout) -> Tensor:
+        """Logits ``[B, S, V]`` of hidden states, of which every rank has a copy."""
+        logits = whole_logits(
+            hidden, self.output_weight, mesh=self.mesh, vocab_size=self.config.vocab_size, layout=layout
+        )
+        return logits.view(layout.batch, layout.length, -1)
+
+    def _blocks(self) -> list[GPTMoEBlock]:
+        return [block for block in self.blocks if isinstance(block, GPTMoEBlock)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -12,17 +13,21 @@ from torch import Tensor
 
 from lightning_moe.config import GPTMoEConfig, OptimizerConfig
 from lightning_moe.config.gpt import ActivationCheckpointing
+from lightning_moe.config.gpt_size import gpt_size
 from lightning_moe.config.mapping import as_config
 from lightning_moe.errors import ConfigError
 from lightning_moe.metrics import BitsPerByte, ExpertLoad, MeanLoss
-from lightning_moe.models.gpt_moe.generate import generate
-from lightning_moe.models.gpt_moe.model import GPTMoEModel, GPTMoEOutput
+from lightning_moe.models.gpt_moe.generate import NextLogits, generate
+from lightning_moe.models.gpt_moe.model import GPTMoEModel
 from lightning_moe.models.gpt_moe.sampling import Sampling
 from lightning_moe.models.optimizer import adamw
-from lightning_moe.models.ranks import mean_over_data_ranks, mesh_of
-from lightning_moe.models.routing import auxiliary_loss, load_imbalance, tokens_per_expert
+from lightning_moe.models.pipelined import run_step, take_over
+from lightning_moe.models.ranks import mean_over_data_ranks, mesh_of, on_first_stage, pipeline_of
+from lightning_moe.models.routing import load_imbalance
+from lightning_moe.models.tasks import Predicting, Scoring, Task, Training
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.state import load_full_state_dict
+from lightning_moe.pipeline.parts import ModelPart
+from lightning_moe.pipeline.spec import PipelineSpec, ScheduleResult
 
 Batch = dict[str, Tensor]
 
@@ -33,7 +38,7 @@ class GPTMoE(pl.LightningModule):
     A batch is a dict of int64 tensors ``[B, S]``: ``tokens``, ``labels`` (the token that follows; -100 where nothing is
     to be predicted), ``label_bytes`` (UTF-8 bytes that each label stands for; needed in evaluation), and optionally
     ``positions`` (in the document) and ``documents`` (number of each token's document within its sequence; tokens
-    attend to their own document only). All ranks of the axes context and tensor get the same batch.
+    attend to their own document only). All ranks of the axes pipeline, context and tensor get the same batch.
 
     Logged in training: ``train_loss`` (nats per token, of the global batch), ``auxiliary_loss`` and
     ``expert_load_imbalance`` (tokens of the busiest expert over the mean, of this rank's tokens, averaged over layers).
@@ -100,25 +105,37 @@ class GPTMoE(pl.LightningModule):
                 "config.vocab_size", self.config.vocab_size, f"at least {vocab_size}, the vocabulary of the data"
             )
 
+    def pipeline_spec(self) -> PipelineSpec:
+        """How the network is cut into stages and what its pieces cost, for strategies with pipelines."""
+        costs = gpt_size(self.config).relative_costs
+        return PipelineSpec(
+            num_blocks=self.config.num_layers,
+            build=lambda parts: self._build(mesh_of(self), parts),
+            block_costs=costs.blocks,
+            embed_cost=costs.embed,
+            head_cost=costs.head,
+        )
+
     def configure_model(self) -> None:
         """Build the network once: this rank's part under a strategy with a mesh, all of it otherwise.
 
         Of a network that was built whole before there was a mesh, as ``load_from_checkpoint`` does, this rank's part is
         kept.
         """
-        mesh = mesh_of(self)
-        if self.model is None:
-            self.model = self._build(mesh)
-        elif mesh is not None and mesh.world_size > self.model.mesh.world_size == 1:
-            whole, self.model = self.model, self._build(mesh).to(self.model.device, self.model.dtype)
-            load_full_state_dict(self.model, whole.state_dict())
-            for name, parameter in whole.named_parameters():
-                self.model.get_parameter(name).requires_grad_(parameter.requires_grad)
+        runner, mesh, before = pipeline_of(self), mesh_of(self), self.model
+        if runner is not None:
+            if before is None or before.parts is None:
+                network = runner.build_pipeline(self.pipeline_spec())
+                assert isinstance(network, GPTMoEModel)
+                self.model = take_over(network, before)
+        elif before is None or (mesh is not None and mesh.world_size > before.mesh.world_size == 1):
+            self.model = take_over(self._build(mesh), before)
 
-    def _build(self, mesh: ParallelMesh | None) -> GPTMoEModel:
+    def _build(self, mesh: ParallelMesh | None, parts: Sequence[ModelPart] | None = None) -> GPTMoEModel:
         return GPTMoEModel(
             self.config,
             mesh,
+            parts=parts,
             activation_checkpointing=self.activation_checkpointing,
             loss_chunk_tokens=self.loss_chunk_tokens,
             compile_blocks=self.compile_blocks,
@@ -138,20 +155,17 @@ class GPTMoE(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the labels plus the auxiliary losses of the routers."""
-        output = self._run(batch)
-        totals = torch.stack((output.num_labels.double(), output.loss_sum.detach().double()))
+        mean_labels = mean_over_data_ranks(self, self.network().num_labels(batch["labels"]))
         # A batch without any label has a sum of zero; the bound only keeps 0 / 0 away.
-        mean_labels, mean_loss_sum = mean_over_data_ranks(self, totals).unbind()
         mean_labels = mean_labels.clamp(min=1e-9)
-        loss = output.loss_sum / mean_labels.to(output.loss_sum.dtype)
-        logs = {}
-        if output.routing:
-            auxiliary = auxiliary_loss(output.routing)
-            logs = {"auxiliary_loss": auxiliary.detach(), "expert_load_imbalance": load_imbalance(output.routing)}
-            loss = loss + auxiliary
+        result = self._run(batch, Training(mean_labels))
+        mean_loss_sum = mean_over_data_ranks(self, result.metrics["loss_sum"])
         self.log("train_loss", (mean_loss_sum / mean_labels).float(), prog_bar=True)
-        self.log_dict(logs)  # tensors: Lightning reads them when the logger or progress bar does, not every step
-        return loss
+        if self.expert_load is not None:
+            # Tensors: Lightning reads them when the logger or progress bar does, not every step.
+            imbalance = load_imbalance(result.metrics["tokens_per_expert"])
+            self.log_dict({"auxiliary_loss": result.metrics["auxiliary"], "expert_load_imbalance": imbalance})
+        return result.loss
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with linear warm-up and cosine decay over the whole run, moved at every step."""
@@ -162,11 +176,8 @@ class GPTMoE(pl.LightningModule):
             scales_loss=self.trainer.precision == "16-mixed",
         )
 
-    def _run(self, batch: Batch) -> GPTMoEOutput:
-        output: GPTMoEOutput = self.network()(
-            batch["tokens"], batch["labels"], batch.get("positions"), batch.get("documents")
-        )
-        return output
+    def _run(self, batch: Batch, task: Task, *, outputs: bool = False) -> ScheduleResult:
+        return run_step(self, self.network(), batch, task, outputs=outputs)
 
     # ---- evaluation
 
@@ -200,11 +211,12 @@ class GPTMoE(pl.LightningModule):
                 metric.reset()
 
     def _score(self, batch: Batch) -> None:
-        output = self._run(batch)
-        self.mean_loss.update(output.loss_sum, output.num_labels)
-        self.bits_per_byte.update(output.loss_sum, self.network().own_chunk(batch["label_bytes"]))
+        network, metrics = self.network(), self._run(batch, Scoring()).metrics
+        # All stages add the same to both sides of these quotients.
+        self.mean_loss.update(metrics["loss_sum"], network.num_labels(batch["labels"]))
+        self.bits_per_byte.update(metrics["loss_sum"], network.own_chunk(batch["label_bytes"]))
         if self.expert_load is not None:
-            self.expert_load.update(tokens_per_expert(output.routing))
+            self.expert_load.update(on_first_stage(self, metrics["tokens_per_expert"]))
 
     def _log_scores(self, stage: str) -> None:
         scores = {"loss": self.mean_loss.compute(), "bits_per_byte": self.bits_per_byte.compute()}
@@ -241,5 +253,13 @@ class GPTMoE(pl.LightningModule):
         """
         # In the trainer's precision: 16-bit training is not followed by samples in float32.
         precision = nullcontext() if self._trainer is None else self._trainer.precision_plugin.forward_context()
+        network, sampling = self.network(), Sampling(temperature, top_k, top_p)
         with precision:
-            return generate(self.network(), tokens, max_new_tokens, Sampling(temperature, top_k, top_p), seed)
+            return generate(network, tokens, max_new_tokens, sampling, seed, self._pipelined_logits())
+
+    def _pipelined_logits(self) -> NextLogits | None:
+        """Runs the network where it is spread over stages, which keep no keys and values of earlier tokens."""
+        runner = pipeline_of(self)
+        if runner is None:
+            return None
+        return lambda tokens: torch.cat(runner.run_schedule({"tokens": tokens}, Predicting(), outputs=True).outputs)

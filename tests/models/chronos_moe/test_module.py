@@ -56,6 +56,12 @@ def _module(**changes: object) -> ChronosMoE:
     return ChronosMoE(small_config(**changes), OPTIMIZER)
 
 
+def _loss(module: ChronosMoE, context: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the loss, and the number of its terms."""
+    network = module.network()
+    return network.loss_sum(module(context), target), network.num_terms(target)
+
+
 class _Record(pl.Callback):
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -127,7 +133,7 @@ def test_validation_loss_is_the_loss_over_all_points(tmp_path: Path) -> None:
     data.batches[0]["target"][:, 2:] = torch.nan
     (logged,) = _trainer(tmp_path).test(module, datamodule=data, verbose=False)
     whole = {key: torch.cat([batch[key] for batch in data.batches]) for key in data.batches[0]}
-    expected = module._loss(module(whole["context"]), whole["target"])
+    expected = _loss(module, whole["context"], whole["target"])
     assert logged["test_loss"] == pytest.approx((expected[0] / expected[1]).item(), rel=1e-5)
 
 
@@ -173,21 +179,20 @@ def test_a_loaded_model_is_not_rebuilt_by_fit(tmp_path: Path) -> None:
 
 def test_targets_shorter_than_the_horizon_are_fine_and_longer_ones_refused() -> None:
     module, batch = _module(), batch_of(4)
-    network = module.network()
-    short, valid = module._loss(network(batch["context"]), batch["target"][:, :5])
+    short, valid = _loss(module, batch["context"], batch["target"][:, :5])
     padded = batch["target"].clone()
     padded[:, 5:] = torch.nan
-    full, same_valid = module._loss(network(batch["context"]), padded)
+    full, same_valid = _loss(module, batch["context"], padded)
     assert short.item() == pytest.approx(full.item(), rel=1e-6)
     assert valid == same_valid
     with pytest.raises(ConfigError, match="prediction_length"):
-        module._loss(network(batch["context"]), torch.zeros(4, 9))
+        _loss(module, batch["context"], torch.zeros(4, 9))
 
 
 def test_a_batch_without_targets_gives_zero_loss_and_finite_gradients() -> None:
     module, batch = _module(moe=None), batch_of(4)
     batch["target"].fill_(torch.nan)
-    loss_sum, valid = module._loss(module(batch["context"]), batch["target"])
+    loss_sum, valid = _loss(module, batch["context"], batch["target"])
     loss = loss_sum / mean_over_data_ranks(module, valid).clamp(min=1e-9)
     loss.backward()
     assert loss.item() == 0.0
@@ -220,7 +225,7 @@ def _mean_loss_over_ranks() -> float:
     module._trainer = _MeshTrainer(mesh)  # type: ignore[assignment]
     rows = slice(4 * mesh.rank("data"), 4 * mesh.rank("data") + 4)
     batch = {key: value[rows] for key, value in _uneven_batch().items()}
-    loss_sum, valid = module._loss(module(batch["context"]), batch["target"])
+    loss_sum, valid = _loss(module, batch["context"], batch["target"])
     loss = loss_sum.detach() / mean_over_data_ranks(module, valid)
     dist.all_reduce(loss)
     return loss.item() / mesh.world_size
@@ -229,6 +234,6 @@ def _mean_loss_over_ranks() -> float:
 def test_mean_loss_over_ranks_is_the_loss_of_the_global_batch(ranks: RankPool) -> None:
     module, batch = _module(moe=None), _uneven_batch()
     module.network().double()
-    loss_sum, valid = module._loss(module(batch["context"]), batch["target"])
+    loss_sum, valid = _loss(module, batch["context"], batch["target"])
     expected = (loss_sum / valid).item()
     assert ranks.run(2, _mean_loss_over_ranks) == pytest.approx([expected, expected], rel=1e-14)

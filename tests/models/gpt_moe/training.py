@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,9 @@ class SeededGPTMoE(GPTMoE):
             super().configure_model()
             for name, parameter, specs in sharded_parameters(self.network()):
                 if "norm" in name:
-                    sharded_init_(parameter, specs, lambda values, draw: values.uniform_(0.5, 1.5, generator=draw))
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(zlib.crc32(name.encode()))  # a stage of a pipeline has some of the norms only
+                        sharded_init_(parameter, specs, lambda values, draw: values.uniform_(0.5, 1.5, generator=draw))
 
 
 @dataclass

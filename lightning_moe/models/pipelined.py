@@ -1,0 +1,102 @@
+"""Networks that are whole in one process or cut into parts, and what modules do alike with both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_moe.errors import ConfigError
+from lightning_moe.models.ranks import pipeline_of
+from lightning_moe.models.tasks import Task
+from lightning_moe.parallel.state import load_full_state_dict
+from lightning_moe.pipeline.parts import ModelPart
+from lightning_moe.pipeline.spec import Microbatch, PartOutput, ScheduleResult
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+Layer = TypeVar("Layer", bound=nn.Module)
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class WholeNetwork(Protocol):
+    """A network that runs a batch in one piece."""
+
+    def run_whole(self, microbatch: Microbatch) -> PartOutput:
+        """Run all of the network; ``microbatch.context`` is a :data:`~lightning_moe.models.tasks.Task`."""
+        ...
+
+
+def run_step(
+    module: pl.LightningModule, network: WholeNetwork, batch: object, task: Task, *, outputs: bool = False
+) -> ScheduleResult:
+    """Run a batch through a network: by a schedule where the strategy has pipelines, in one piece elsewhere.
+
+    Args:
+        module: The module of the step.
+        network: Its network.
+        batch: The batch.
+        task: What is wanted.
+        outputs: Whether predictions are wanted.
+    """
+    runner = pipeline_of(module)
+    if runner is not None:
+        return runner.run_schedule(batch, task, outputs=outputs)
+    out = network.run_whole(Microbatch(batch, context=task))
+    loss = torch.zeros(()) if out.loss is None else out.loss
+    return ScheduleResult(loss, dict(out.metrics), [out.output])
+
+
+def take_over(network: Network, before: nn.Module | None) -> Network:
+    """Give a new network the weights of the one that it replaces, of which it may hold a part; itself returned.
+
+    Args:
+        network: The new one.
+        before: The old one, which was whole in this process or on the ranks of the new one; None for none.
+
+    Raises:
+        ConfigError: The new one holds what the old one does not.
+    """
+    if before is None:
+        return network
+    reference = next(before.parameters())
+    network.to(reference.device, reference.dtype)
+    state, own = before.state_dict(), network.state_dict()
+    load_full_state_dict(network, {name: value for name, value in state.items() if name in own})
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(before.get_parameter(name).requires_grad)
+    return network
+
+
+def held(build: Callable[[], Layer], wanted: bool) -> Layer | None:
+    """Build a layer, or, if it is not wanted, only draw the random numbers that its initial weights take.
+
+    What is built afterwards then starts from the weights that it has in a whole model. For layers that draw all of
+    their numbers from the default CPU generator, wherever they are built.
+    """
+    if wanted:
+        return build()
+    with torch.device("meta"):
+        build()
+    return None
+
+
+def check_whole(parts: Sequence[ModelPart] | None, num_blocks: int) -> None:
+    """Check that some parts are a whole model together; None are.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if parts is None:
+        return
+    blocks = {block for part in parts for block in part.blocks}
+    if len(blocks) < num_blocks or not any(part.first for part in parts) or not any(part.last for part in parts):
+        raise ConfigError(
+            "model",
+            f"{len(blocks)} of {num_blocks} blocks",
+            "a whole model, or a Trainer with the pipeline that this part was built for",
+            "save a checkpoint and load it where the whole model is wanted",
+        )

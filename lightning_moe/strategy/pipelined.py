@@ -1,0 +1,371 @@
+"""Models whose blocks are spread over pipeline stages, in the strategy.
+
+[Note: a schedule is one autograd node]
+Lightning calls ``training_step``, then ``zero_grad``, then ``loss.backward()``. The schedule has to run in the first of
+them, since the loss is known at its end only; gradients that it left in the parameters would be erased by the second.
+So they stay in the buckets, and the loss that is returned is the output of one autograd node, whose backward hands them
+out. Hooks, accumulation, clipping and loss scaling see what they see without a pipeline. The gradient that Lightning
+will send to that node (the loss scale over the number of accumulated batches) is known beforehand, and the schedule
+starts its backward passes with it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_moe.config.pipeline import PipelineConfig
+from lightning_moe.errors import ConfigError
+from lightning_moe.parallel.gradients import GradientReducer
+from lightning_moe.parallel.host_read import HostRead
+from lightning_moe.parallel.layout import Axis, rank_lists
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.pipeline.copy_transport import CopyTransport, can_map_peers
+from lightning_moe.pipeline.engine import PipelineEngine, StepTotals
+from lightning_moe.pipeline.parts import ModelPart
+from lightning_moe.pipeline.placement import Placement
+from lightning_moe.pipeline.planning import costs_of, parts_of, schedule_of
+from lightning_moe.pipeline.registry import make_schedule
+from lightning_moe.pipeline.schedule import Schedule
+from lightning_moe.pipeline.spec import Microbatch, PipelineSpec, ScheduleResult
+from lightning_moe.pipeline.splitting import Split, pad_with_idle, split_batch
+from lightning_moe.pipeline.totals import TotalsReduction, share_outputs
+from lightning_moe.pipeline.transport import P2PTransport, Transport
+from lightning_moe.strategy.checkpointed import CheckpointedStrategy
+from lightning_moe.weight_grad.queue import WeightGradQueue
+
+_MARK = "_lightning_moe_pipeline"
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What is known of a module that :meth:`PipelinedStrategy.build_pipeline` has built."""
+
+    parts: tuple[ModelPart, ...]
+    placement: Placement
+    num_blocks: int
+    split: Split | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Built:
+        return self
+
+
+class PipelinedStrategy(CheckpointedStrategy):
+    """A strategy that runs models which describe themselves by a :class:`~lightning_moe.pipeline.spec.PipelineSpec`.
+
+    Args:
+        pipeline: Schedule and microbatches; the defaults when left out and there is more than one stage.
+
+    Takes the other arguments of :class:`~lightning_moe.strategy.ranks.MeshStrategy`.
+
+    Raises:
+        ConfigError: There is no such schedule, or not for so many ranks and microbatches.
+    """
+
+    def __init__(self, *args: Any, pipeline: PipelineConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pipeline = pipeline
+        self._reducer: GradientReducer | None = None
+        self._queue: WeightGradQueue | None = None
+        self._schedules: dict[int, Schedule] = {}
+        self._transport: Transport | None = None
+        self._connected: tuple[ParallelMesh, Placement] | None = None
+        self._totals: dict[tuple[bool, bool], TotalsReduction] = {}
+        self._has_run = False
+        self._scale_check = _ScaleCheck()
+        if self.is_pipelined:
+            self._plan()
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether models are built and run by parts: with several stages, or with a ``PipelineConfig``."""
+        return self.pipeline is not None or self.parallel.pipeline > 1
+
+    def build_pipeline(self, spec: PipelineSpec) -> nn.Module:
+        """Build the parts of a model that this rank holds; call it in ``configure_model``.
+
+        Args:
+            spec: Describes the model.
+
+        Returns:
+            The module, to be assigned to an attribute of the LightningModule.
+
+        Raises:
+            ConfigError: The blocks cannot be divided among the stages as is wanted.
+        """
+        self._plan(spec.num_blocks)
+        parts = self._own_parts(spec)
+        model = spec.build(parts)
+        model.__dict__[_MARK] = _Built(parts, self._planned.placement, spec.num_blocks, spec.split)
+        return model
+
+    def run_schedule(self, batch: Any, context: Any = None, *, outputs: bool = False) -> ScheduleResult:
+        """Run all microbatches of a batch through the pipeline; forward only where no gradients are recorded.
+
+        A collective call of the ranks of a pipeline, all of which must bring the same batch.
+
+        Args:
+            batch: Tensors in any nesting, with samples along dim 0.
+            context: Handed to all microbatches.
+            outputs: Whether the predictions of the last part are wanted, on all ranks; forward only.
+
+        Returns:
+            Loss, metrics and predictions, the same on all ranks of the pipeline. In training ``training_step`` must
+            return the loss as it is, or what it calculates from it with a derivative of one.
+
+        Raises:
+            ConfigError: The batch cannot be cut, or the schedule has run for this ``training_step`` already.
+        """
+        model, built = self._pipelined_model()
+        assert self.lightning_module is not None
+        predicting = self.lightning_module.trainer.state.fn == TrainerFn.PREDICTING
+        wanted = self._settings.microbatches(self.parallel.pipeline)
+        microbatches = split_batch(batch, wanted, built.split, context, predicting=predicting)
+        if torch.is_grad_enabled():
+            return self._train(model, microbatches)
+        # Always the same number: ranks that share experts may have batches of different sizes.
+        actions = self._schedule(wanted).ranks[self.mesh.rank(Axis.PIPELINE)]
+        totals = self._engine(model).forward_step(actions, pad_with_idle(microbatches, wanted))
+        result = self._reduce(totals, training=False)
+        if outputs:
+            result.outputs.extend(share_outputs(totals.outputs, self.mesh, self._last_rank))
+        return result
+
+    # ---- training
+
+    def _train(self, model: nn.Module, microbatches: list[Microbatch]) -> ScheduleResult:
+        if self._has_run:
+            raise ConfigError(
+                "run_schedule", "called twice in a training_step", "one call", "join what you train on in one batch"
+            )
+        self._has_run = True
+        self._scale_check.read()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        reducer = self._reducer
+        assert reducer is not None, "Lightning sets the strategy up first"
+        accumulated = trainer.accumulate_grad_batches
+        loss_grad = torch.ones((), device=self.root_device) / accumulated
+        plugin = self.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            loss_grad = plugin.scaler.scale(loss_grad)
+        actions = self._schedule(len(microbatches)).ranks[self.mesh.rank(Axis.PIPELINE)]
+        # Lightning zeroes gradients after training_step; see the note at the head of this file.
+        reducer.begin_schedule(fresh=trainer.fit_loop.epoch_loop.batch_idx % accumulated == 0)
+        totals = self._engine(model).train_step(actions, microbatches, loss_grad, reducer)
+        reducer.end_schedule()
+        result = self._reduce(totals, training=True)
+        anchor = torch.zeros((), device=self.root_device, requires_grad=True)
+        loss: Tensor = _ScheduleNode.apply(  # type: ignore[no-untyped-call]
+            anchor, result.loss, partial(self._deliver, reducer, loss_grad)
+        )
+        return ScheduleResult(loss, result.metrics)
+
+    def _deliver(self, reducer: GradientReducer, expected: Tensor, grad: Tensor) -> None:
+        self._scale_check.take(grad, expected)
+        torch.autograd.Variable._execution_engine.queue_callback(reducer.finish)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_run = False
+        return super().training_step(*args, **kwargs)
+
+    # ---- parts
+
+    @property
+    def _settings(self) -> PipelineConfig:
+        return self.pipeline or PipelineConfig()
+
+    def _schedule(self, microbatches: int) -> Schedule:
+        """The schedule for a number of microbatches; a batch may be cut into fewer of them than is wanted."""
+        if microbatches not in self._schedules:
+            planned, settings = self._planned, self._settings
+            # By the name and chunks of the planned one: auto might choose another placement for fewer microbatches.
+            self._schedules[microbatches] = make_schedule(
+                planned.name,
+                planned.placement.ranks,
+                microbatches,
+                chunks=planned.placement.chunks,
+                max_lag=settings.max_lag,
+                costs=costs_of(settings),
+            )
+        return self._schedules[microbatches]
+
+    def _plan(self, num_blocks: int | None = None) -> None:
+        planned = schedule_of(self._settings, self.parallel.pipeline, num_blocks)
+        self._schedules = {planned.microbatches: planned}
+
+    @property
+    def _planned(self) -> Schedule:
+        return next(iter(self._schedules.values()))
+
+    @property
+    def _last_rank(self) -> int:
+        placement = self._planned.placement
+        return placement.location(placement.num_stages - 1)[0]
+
+    def _own_parts(self, spec: PipelineSpec) -> tuple[ModelPart, ...]:
+        mesh = self.mesh
+        placement = self._planned.placement
+        if mesh.size(Axis.PIPELINE) != placement.ranks:  # the whole model, in the main process of spawn
+            return (ModelPart.whole(spec.num_blocks),)
+        parts = parts_of(
+            self._settings,
+            placement.num_stages,
+            spec.num_blocks,
+            block_costs=spec.block_costs,
+            embed_cost=spec.embed_cost,
+            head_cost=spec.head_cost,
+        )
+        rank = mesh.rank(Axis.PIPELINE)
+        return tuple(parts[placement.stage(rank, chunk)] for chunk in range(placement.chunks))
+
+    def _pipelined_model(self) -> tuple[nn.Module, _Built]:
+        assert self.lightning_module is not None
+        found = [module for module in self.lightning_module.modules() if _MARK in module.__dict__]
+        if len(found) != 1:
+            raise ConfigError(
+                "configure_model",
+                f"{len(found)} modules made by build_pipeline",
+                "one",
+                "assign self.trainer.strategy.build_pipeline(self.pipeline_spec()) to an attribute",
+            )
+        return found[0], found[0].__dict__[_MARK]
+
+    def _engine(self, model: nn.Module) -> PipelineEngine:
+        assert self._queue is not None
+        return PipelineEngine(
+            model,  # type: ignore[arg-type]  # it has been built as one
+            self.mesh.rank(Axis.PIPELINE),
+            self._planned.placement,
+            self._transport,
+            self._queue,
+            self.root_device,
+            dynamic_shapes=self._settings.dynamic_shapes,
+            forward_context=self.precision_plugin.forward_context,
+        )
+
+    def _reduce(self, totals: StepTotals, *, training: bool) -> ScheduleResult:
+        assert self.lightning_module is not None
+        key = training, self.lightning_module.trainer.state.fn == TrainerFn.PREDICTING
+        if key not in self._totals:
+            self._totals[key] = TotalsReduction(self.mesh)
+        return self._totals[key](totals)
+
+    # ---- life
+
+    def _set_up_pipeline(self) -> None:
+        """Connect the stages of the model, once it is built; a collective call."""
+        megabytes = self._settings.weight_grad_megabytes
+        self._queue = WeightGradQueue(None if megabytes is None else int(megabytes * 2**20))
+        self._totals, self._scale_check = {}, _ScaleCheck()
+        if self.mesh.size(Axis.PIPELINE) == 1:
+            return
+        _, built = self._pipelined_model()
+        if built.placement != self._planned.placement:  # it was built by the strategy of another Trainer
+            self._plan(built.num_blocks)
+        placement = self._planned.placement
+        if built.placement != placement:
+            raise ConfigError(
+                "configure_model",
+                f"a module with stages for {built.placement}",
+                f"one for {placement}",
+                "build a new module for another pipeline, and load the weights from a checkpoint",
+            )
+        if self._connected != (self.mesh, placement):
+            self._transport, self._connected = self._connect(), (self.mesh, placement)
+
+    def _connect(self) -> Transport:
+        placement, device = self._planned.placement, self.root_device
+        pipelines, wanted = rank_lists(self.mesh.config, Axis.PIPELINE), self._settings.transport
+        group = self.mesh.group(Axis.PIPELINE)
+        assert group is not None
+        if wanted != "p2p" and self._all(can_map_peers(group, device)):
+            return CopyTransport(placement, pipelines, device, self._timeout, group)
+        if wanted == "copy":
+            raise ConfigError(
+                "pipeline.transport",
+                wanted,
+                "p2p or auto here",
+                "copying needs GPUs of one host that reach each other's memory, for all ranks of a pipeline",
+            )
+        return P2PTransport(placement, pipelines, device, self._timeout)
+
+    def _all(self, condition: bool) -> bool:
+        verdict = torch.tensor(int(condition), device=self.root_device)
+        dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
+        return bool(verdict.item())
+
+    @override
+    def setup_environment(self) -> None:
+        if self.is_pipelined:
+            # Each edge has a stream. CUDA puts streams beyond 8 into the queues of others, where work that waits for
+            # another rank would hold up what that rank waits for.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        super().setup_environment()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_transport": None,
+            "_queue": None,
+            "_totals": {},
+            "_reducer": None,
+            "_scale_check": _ScaleCheck(),
+        }
+
+
+class _ScheduleNode(torch.autograd.Function):
+    """Gives a loss a backward that hands out the gradients which the schedule has computed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, loss: Tensor, deliver: Any) -> Tensor:
+        ctx.deliver = deliver
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.deliver(grad)
+        return None, None, None
+
+
+class _ScaleCheck:
+    """Checks that the gradient which reaches the schedule's loss is the one that its backward passes began with.
+
+    Reading it makes the host wait for the device, so only the first step waits; later ones are checked a step late.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: HostRead | None = None
+        self._first = True
+
+    def take(self, grad: Tensor, expected: Tensor) -> None:
+        """Compare; raise now if that costs nothing or nothing has been compared yet."""
+        ratio = (grad / expected).reshape(1)
+        self._under_way = HostRead(ratio)
+        if self._first or grad.device.type == "cpu":
+            self._first = False
+            self.read()
+
+    def read(self) -> None:
+        """Wait for what is under way, and raise if it is wrong."""
+        if self._under_way is None:
+            return
+        (ratio,), self._under_way = self._under_way.wait(), None
+        if abs(ratio - 1.0) > 1e-5:
+            raise ConfigError(
+                "training_step",
+                f"a loss that is {ratio:g} times that of run_schedule",
+                "the loss that run_schedule returns",
+                "weigh losses in the pipeline's parts: the schedule has already computed the gradients",
+            )
