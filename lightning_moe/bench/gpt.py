@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_moe.bench.timing import StepClock, Times, kernel_seconds, occupancy_seconds, slowest_kernels
-from lightning_moe.config import GPTMoEConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from lightning_moe.config import GPTMoEConfig, MoEConfig, OptimizerConfig, ParallelConfig, PipelineConfig
 from lightning_moe.config.gpt_size import parameter_count
 from lightning_moe.models.gpt_moe import GPTMoE
 from lightning_moe.strategy import MoEStrategy
@@ -32,12 +32,12 @@ PEAK_FLOPS = 775e12
 """Dense bf16 rate of one H200 as measured, FLOP/s; utilisation is relative to it."""
 
 
-def bench_config(sequence_length: int) -> GPTMoEConfig:
-    """2.63 B parameters, 0.51 B active: eight Qwen3-MoE blocks."""
+def bench_config(sequence_length: int, num_layers: int = 8) -> GPTMoEConfig:
+    """Qwen3-MoE blocks; with eight of them 2.63 B parameters, 0.51 B active."""
     return GPTMoEConfig(
         vocab_size=32768,
         hidden_size=2048,
-        num_layers=8,
+        num_layers=num_layers,
         num_heads=32,
         num_kv_heads=4,
         head_size=64,
@@ -106,12 +106,24 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
     """Train on random tokens and report; called on every rank."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = ParallelConfig(
-        context=options.context, tensor=options.tensor, expert=options.expert, expert_tensor=options.expert_tensor
+        pipeline=options.pipeline,
+        context=options.context,
+        tensor=options.tensor,
+        expert=options.expert,
+        expert_tensor=options.expert_tensor,
     )
-    config = bench_config(options.sequence)
+    pipeline = None
+    if options.schedule is not None:
+        pipeline = PipelineConfig(
+            schedule=options.schedule,
+            num_microbatches=options.microbatches,
+            chunks=options.chunks,
+            transport=options.transport,
+        )
+    config = bench_config(options.sequence, options.layers)
     measure = Measure(options.warmup, options.steps, options.profile, options.kernels)
     strategy = MoEStrategy(
-        parallel, bucket_megabytes=options.bucket_megabytes, optimizer_sharding=options.optimizer_sharding
+        parallel, pipeline, bucket_megabytes=options.bucket_megabytes, optimizer_sharding=options.optimizer_sharding
     )
     trainer = quiet_trainer(options, strategy, options.warmup + options.steps + options.profile, measure)
     module = GPTMoE(
@@ -124,8 +136,9 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
     data = RandomTokens(options.batch, options.sequence, config.vocab_size)
     trainer.fit(module, DataLoader(data, batch_size=None))
     assert measure.times is not None
-    name = f"GPTMoE, context={options.context} tensor={options.tensor} expert={options.expert}"
-    data_ranks = world_size // (options.context * options.tensor)
+    axes = f"pipeline={options.pipeline} context={options.context} tensor={options.tensor} expert={options.expert}"
+    name = f"GPTMoE, {axes}" + (f", {options.schedule}" if options.schedule else "")
+    data_ranks = world_size // (options.pipeline * options.context * options.tensor)
     tokens = options.batch * options.sequence * data_ranks
     result = figures(name, config, options, tokens, world_size, measure.times)
     result["milliseconds_by_kernel"] = {kind: round(1e3 * seconds, 2) for kind, seconds in measure.kernels.items()}
@@ -190,8 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, and print one JSON object as the last line of rank 0."""
     parser = argparse.ArgumentParser(prog="python -m lightning_moe.bench.gpt", description=__doc__)
     parser.add_argument("--peer", choices=["fsdp2"], help="measure this peer instead of our strategy")
-    for axis in ("context", "tensor", "expert", "expert_tensor"):
+    for axis in ("pipeline", "context", "tensor", "expert", "expert_tensor"):
         parser.add_argument(f"--{axis.replace('_', '-')}", type=int, default=1)
+    parser.add_argument("--schedule", help="run the batch through this pipeline schedule")
+    parser.add_argument("--microbatches", type=int, help="microbatches of the batch; twice the pipeline if left out")
+    parser.add_argument("--chunks", type=int, help="stages that each rank holds")
+    parser.add_argument("--transport", choices=["auto", "p2p", "copy"], default="auto")
+    parser.add_argument("--layers", type=int, default=8, help="blocks of the model")
     parser.add_argument("--batch", type=int, default=4, help="sequences per data rank")
     parser.add_argument("--sequence", type=int, default=4096, help="tokens per sequence")
     parser.add_argument("--warmup", type=int, default=4)

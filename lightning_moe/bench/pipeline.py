@@ -29,6 +29,7 @@ from torch import nn
 
 from lightning_moe.bench.pipeline_blocks import BlockParts, Sleep, TransformerBlock, mean_product, weight_sinks
 from lightning_moe.bench.pipeline_peer import PEERS, torch_step
+from lightning_moe.errors import ConfigError
 from lightning_moe.pipeline.actions import Kind
 from lightning_moe.pipeline.copy_transport import CopyTransport, can_map_peers
 from lightning_moe.pipeline.costs import Costs
@@ -150,6 +151,19 @@ class Contest:
         step = torch_step(name, self.options.blocks, self.blocks, self.input, self.target, mean_product)
         return self.time(step), self.peak()
 
+    def schedule(self, name: str, costs: Costs) -> Schedule:
+        """A schedule by its name, or ``name/chunks``."""
+        name, _, chunks = name.partition("/")
+        return make_schedule(
+            name,
+            self.ranks,
+            self.microbatches,
+            chunks=int(chunks) if chunks else None,
+            costs=costs,
+            memory_limit=self.options.memory_limit if name == "auto" else None,
+            max_chunks=max(1, self.options.blocks // self.ranks),
+        )
+
     def transport(self, schedule: Schedule, kind: str) -> Transport:
         """A transport for a placement; connected once."""
         key = (schedule.placement, kind)
@@ -236,8 +250,8 @@ def measure(options: argparse.Namespace, microbatches: int) -> dict[str, Any]:
     rows = []
     for name in options.schedules:
         try:
-            schedule = make_schedule(name, contest.ranks, microbatches, costs=costs, memory_limit=options.memory_limit)
-        except ValueError as problem:
+            schedule = contest.schedule(name, costs)
+        except ConfigError as problem:
             rows.append({"name": name, "refused": str(problem)})
             continue
         expected = simulate(schedule, costs).makespan
@@ -250,6 +264,7 @@ def measure(options: argparse.Namespace, microbatches: int) -> dict[str, Any]:
             rows.append(
                 {
                     "name": name,
+                    "chosen": f"{schedule.name}/{schedule.placement.chunks}",
                     "transport": kind,
                     **_times(times),
                     "of_bubble_free": ideal / median,
@@ -288,7 +303,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lightning-moe bench pipeline", description=__doc__)
     parser.add_argument("--ranks", type=int, default=4, help="processes to start when no launcher has")
     parser.add_argument("--microbatches", type=_integers, default=[8], help="one or more numbers: 4,8,16")
-    parser.add_argument("--schedules", type=_words, default=["1f1b", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-v"])
+    parser.add_argument(
+        "--schedules",
+        type=_words,
+        default=["1f1b", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-v", "zb-h1-interleaved/4", "auto"],
+        help="names, or name/chunks",
+    )
     parser.add_argument(
         "--peers", type=_words, default=None, help=f"of torch: {','.join(PEERS)}; none to leave them out"
     )

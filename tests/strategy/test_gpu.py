@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.strategy.test_pipeline import check_bitwise
 from tests.strategy.tiny import check_equal, check_losses, relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +77,18 @@ def test_sharded_optimizers_change_no_bit(world_size: int, expert: int, tmp_path
         pytest.skip(f"needs {world_size} GPUs")
     same = _launch(world_size, "tests.strategy.sharding_script", str(expert), str(tmp_path / "same.pt"))
     assert all(same.values()), same
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_pipelines_equal_one_gpu(world_size: int, tmp_path: Path) -> None:
+    """All schedules, over send and receive and over copy engines, in all precisions."""
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    expected = _launch(1, "tests.strategy.pipeline_script", str(tmp_path / "one.pt"))
+    results = _launch(world_size, "tests.strategy.pipeline_script", str(tmp_path / "ranks.pt"))
+    allocations = results.pop("allocations")
+    assert allocations[-1] == allocations[3], "steps ask CUDA for memory again and again"
+    for key, runs in results.items():
+        check_bitwise(runs, expected[key[0]][0], key)
