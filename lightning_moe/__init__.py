@@ -1,4 +1,4 @@
-"""Expert and data parallelism for PyTorch Lightning: ``Trainer(strategy=MoEStrategy(...))``.
+"""Pipeline, expert, tensor and data parallelism for PyTorch Lightning: ``Trainer(strategy=MoEStrategy(...))``.
 
 Public names are loaded on first use (PEP 562), so that ``import lightning_moe`` and the commands that only
 look at configuration do not pay for importing torch.
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from lightning_moe.moe import MoELayer
     from lightning_moe.parallel.mesh import ParallelMesh
     from lightning_moe.parallel.sharding import ShardSpec, set_shard_spec, shard_specs
+    from lightning_moe.pipeline.chain import chain_spec
+    from lightning_moe.pipeline.parts import ModelPart
+    from lightning_moe.pipeline.spec import Microbatch, PartOutput, PipelineSpec, ScheduleResult
     from lightning_moe.strategy import MoEStrategy
 
 __version__ = "0.1.0"
@@ -39,19 +42,25 @@ __all__ = [
     "ConfigError",
     "GPTMoE",
     "GPTMoEConfig",
+    "Microbatch",
     "MoEConfig",
     "MoELayer",
     "MoEStrategy",
+    "ModelPart",
     "OptimizerConfig",
     "ParallelConfig",
     "ParallelMesh",
+    "PartOutput",
     "PipelineConfig",
+    "PipelineSpec",
     "RopeScaling",
+    "ScheduleResult",
     "SeriesDataModule",
     "ShardSpec",
     "TextConfig",
     "TextDataModule",
     "__version__",
+    "chain_spec",
     "set_shard_spec",
     "shard_specs",
 ]
@@ -77,6 +86,12 @@ def _home_of(name: str) -> str | None:
             return "lightning_moe.parallel.mesh"
         case "ShardSpec" | "set_shard_spec" | "shard_specs":
             return "lightning_moe.parallel.sharding"
+        case "Microbatch" | "PartOutput" | "PipelineSpec" | "ScheduleResult":
+            return "lightning_moe.pipeline.spec"
+        case "ModelPart":
+            return "lightning_moe.pipeline.parts"
+        case "chain_spec":
+            return "lightning_moe.pipeline.chain"
         case "MoELayer":
             return "lightning_moe.moe"
         case "ChronosMoE":

@@ -11,227 +11,24 @@ torch's linear layers or ours, whichever is faster.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from datetime import timedelta
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from lightning_moe.bench.pipeline_blocks import BlockParts, Sleep, TransformerBlock, mean_product, weight_sinks
-from lightning_moe.bench.pipeline_peer import PEERS, torch_step
+from lightning_moe.bench.pipeline_contest import Contest
+from lightning_moe.bench.pipeline_peer import PEERS
+from lightning_moe.bench.timing import Times
+from lightning_moe.config.typecheck import closest
 from lightning_moe.errors import ConfigError
-from lightning_moe.pipeline.actions import Kind
-from lightning_moe.pipeline.copy_transport import CopyTransport, can_map_peers
+from lightning_moe.pipeline.copy_transport import can_map_peers
 from lightning_moe.pipeline.costs import Costs
-from lightning_moe.pipeline.division import divide_blocks
-from lightning_moe.pipeline.engine import PipelineEngine
-from lightning_moe.pipeline.registry import make_schedule
-from lightning_moe.pipeline.schedule import Schedule
 from lightning_moe.pipeline.simulate import simulate
-from lightning_moe.pipeline.spec import Microbatch
-from lightning_moe.pipeline.transport import P2PTransport, Transport
-from lightning_moe.weight_grad.queue import WeightGradQueue
-
-
-class _NoListener:
-    def start_pass(self, chunk: int, *, final: bool) -> None:
-        """Nothing is reduced here."""
-
-
-class Contest:
-    """Measures schedules of one number of microbatches, one after the other.
-
-    Args:
-        options: The command line.
-        microbatches: Number of microbatches.
-    """
-
-    def __init__(self, options: argparse.Namespace, microbatches: int) -> None:
-        self.options, self.microbatches = options, microbatches
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device(options.device, self.rank) if options.device == "cuda" else torch.device("cpu")
-        self.transports: dict[tuple[Any, str], Transport] = {}
-        shape = (microbatches, options.tokens, options.hidden)
-        generator = torch.Generator(self.device).manual_seed(0)
-        self.input = torch.randn(shape, generator=generator, device=self.device).to(options.dtype)
-        self.target = torch.randn(shape, generator=generator, device=self.device)
-
-    def data(self) -> list[Microbatch]:
-        """The microbatches."""
-        count = self.microbatches
-        return [
-            Microbatch((self.input[k : k + 1], self.target[k : k + 1]), k, count, 1.0 / count) for k in range(count)
-        ]
-
-    def blocks(self, count: int, *, ours: bool) -> nn.ModuleList:
-        """Blocks on the device, all with the same weights on every rank."""
-        torch.manual_seed(0)
-        if self.options.sleep:
-            return nn.ModuleList(
-                Sleep(*(seconds * self.ranks / self.options.blocks for seconds in self.options.sleep))
-                for _ in range(count)
-            )
-        with torch.device(self.device):
-            blocks = [TransformerBlock(self.options.hidden, self.options.heads, ours=ours) for _ in range(count)]
-        return nn.ModuleList(blocks).to(self.options.dtype)
-
-    def ideal(self, *, ours: bool) -> float:
-        """Seconds that one rank's blocks take for all microbatches alone."""
-        blocks = self.blocks(self.options.blocks // self.ranks, ours=ours)
-        queue = WeightGradQueue()
-        weight_sinks(blocks, queue)
-
-        def step() -> None:
-            for k in range(self.microbatches):
-                hidden = self.input[k : k + 1].clone().requires_grad_()
-                out = hidden
-                for block in blocks:
-                    out = block(out)
-                out.backward(torch.ones_like(out))
-
-        return statistics.median(self.time(step))
-
-    def parts(self) -> tuple[float, float, float]:
-        """Seconds of F, B and W of one rank's blocks for one microbatch, the median of several, slowest rank."""
-        blocks = self.blocks(self.options.blocks // self.ranks, ours=True)
-        queue = WeightGradQueue()
-        weight_sinks(blocks, queue)
-        times: list[list[float]] = [[], [], []]
-        for _ in range(self.options.steps + 2):
-            hidden = self.input[:1].clone().requires_grad_()
-            marks = [self.now()]
-            out = hidden
-            for block in blocks:
-                out = block(out)
-            marks.append(self.now())
-            with queue.capture(0):
-                out.backward(torch.ones_like(out))
-            marks.append(self.now())
-            queue.pop(0)
-            marks.append(self.now())
-            for series, begin, end in zip(times, marks, marks[1:], strict=False):
-                series.append(self.seconds(begin, end))
-        forward, backward, weight = (self.slowest(statistics.median(series[2:])) for series in times)
-        return forward, backward, weight
-
-    def ours(self, schedule: Schedule, kind: str) -> tuple[list[float], float]:
-        """Seconds of each step, and the largest peak memory of a rank in GiB."""
-        placement, options = schedule.placement, self.options
-        depth = divide_blocks(options.blocks, placement.num_stages)
-        parts = [depth[placement.stage(self.rank, chunk)] for chunk in range(placement.chunks)]
-        blocks = [self.blocks(len(part.blocks), ours=True) for part in parts]
-        queue = WeightGradQueue()
-        weight_sinks(nn.ModuleList(blocks), queue)
-        engine = PipelineEngine(
-            BlockParts(parts, blocks),
-            self.rank,
-            placement,
-            self.transport(schedule, kind),
-            queue,
-            self.device,
-            forward_context=nullcontext,
-        )
-        listener, one = _NoListener(), torch.ones((), device=self.device)
-        data = self.data()
-        times = self.time(lambda: engine.train_step(schedule.ranks[self.rank], data, one, listener) and None)
-        return times, self.peak()
-
-    def peer(self, name: str) -> tuple[list[float], float]:
-        """The same of torch's schedule ``name``."""
-        step = torch_step(name, self.options.blocks, self.blocks, self.input, self.target, mean_product)
-        return self.time(step), self.peak()
-
-    def schedule(self, name: str, costs: Costs) -> Schedule:
-        """A schedule by its name, or ``name/chunks``."""
-        name, _, chunks = name.partition("/")
-        return make_schedule(
-            name,
-            self.ranks,
-            self.microbatches,
-            chunks=int(chunks) if chunks else None,
-            costs=costs,
-            memory_limit=self.options.memory_limit if name == "auto" else None,
-            max_chunks=max(1, self.options.blocks // self.ranks),
-        )
-
-    def transport(self, schedule: Schedule, kind: str) -> Transport:
-        """A transport for a placement; connected once."""
-        key = (schedule.placement, kind)
-        if key not in self.transports:
-            everybody, timeout = [tuple(range(self.ranks))], timedelta(seconds=300)
-            world = dist.group.WORLD
-            assert world is not None
-            if kind == "copy":
-                self.transports[key] = CopyTransport(schedule.placement, everybody, self.device, timeout, world)
-            else:
-                self.transports[key] = P2PTransport(schedule.placement, everybody, self.device, timeout)
-        return self.transports[key]
-
-    # ---- clocks
-
-    def time(self, step: Callable[[], Any]) -> list[float]:
-        """Seconds of each of several steps after a warm-up, of the slowest rank."""
-        for _ in range(self.options.warmup):
-            step()
-        times = []
-        for _ in range(self.options.steps):
-            self.synchronize()
-            begin = self.now()
-            step()
-            end = self.now()
-            self.synchronize()
-            times.append(self.slowest(self.seconds(begin, end)))
-        return times
-
-    def now(self) -> Any:
-        """A point in time of the device."""
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        """Seconds between two points."""
-        if self.device.type == "cpu":
-            return float(end - begin)
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-
-    def synchronize(self) -> None:
-        """Wait until all ranks are here, and their devices idle."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def slowest(self, value: float) -> float:
-        """The largest value of all ranks."""
-        box = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return float(box)
-
-    def peak(self) -> float:
-        """Most GiB that any rank has allocated since :meth:`forget`."""
-        return self.slowest(torch.cuda.max_memory_allocated() / 2**30) if self.device.type == "cuda" else 0.0
-
-    def forget(self) -> None:
-        """Free what the last contestant has left."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
 
 def measure(options: argparse.Namespace, microbatches: int) -> dict[str, Any]:
@@ -260,18 +57,17 @@ def measure(options: argparse.Namespace, microbatches: int) -> dict[str, Any]:
             if contest.rank == 0:
                 print(f"# {name} {kind}", file=sys.stderr, flush=True)
             times, peak = contest.ours(schedule, kind)
-            median = statistics.median(times)
             rows.append(
                 {
                     "name": name,
                     "chosen": f"{schedule.name}/{schedule.placement.chunks}",
                     "transport": kind,
                     **_times(times),
-                    "of_bubble_free": ideal / median,
+                    "of_bubble_free": ideal / times.median,
                     "simulated_of_bubble_free": microbatches * (forward + backward + weight) / expected,
-                    "prediction_error": median / expected - 1.0,
+                    "prediction_error": times.median / expected - 1.0,
                     "peak_gib": peak,
-                    "splits": any(a.kind is Kind.W for a in schedule.ranks[-1]),
+                    "splits": schedule.splits_backward,
                 }
             )
     for name in options.peers:
@@ -281,7 +77,7 @@ def measure(options: argparse.Namespace, microbatches: int) -> dict[str, Any]:
             {
                 "name": f"torch {name}",
                 **_times(times),
-                "of_bubble_free": ideal / statistics.median(times),
+                "of_bubble_free": ideal / times.median,
                 "peak_gib": peak,
             }
         )
@@ -294,12 +90,16 @@ def measure(options: argparse.Namespace, microbatches: int) -> dict[str, Any]:
     }
 
 
-def _times(times: list[float]) -> dict[str, float]:
-    return {"milliseconds": 1e3 * statistics.median(times), "min": 1e3 * min(times), "max": 1e3 * max(times)}
+def _times(times: Times) -> dict[str, float]:
+    return {"milliseconds": 1e3 * times.median, "min": 1e3 * times.low, "max": 1e3 * times.high}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
     parser = argparse.ArgumentParser(prog="lightning-moe bench pipeline", description=__doc__)
     parser.add_argument("--ranks", type=int, default=4, help="processes to start when no launcher has")
     parser.add_argument("--microbatches", type=_integers, default=[8], help="one or more numbers: 4,8,16")
@@ -326,15 +126,52 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available() and not options.sleep
     options.device, options.dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     if options.sleep:
-        options.hidden = options.tokens = 8
+        options.hidden = options.tokens = options.heads = 8
     if options.peers is None:
         options.peers = [] if options.sleep else list(PEERS)
     options.peers = [name for name in options.peers if name != "none"]
+    _check(options)
     return options
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuse now what would otherwise fail on all ranks, some of it after minutes.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+    for name, least in (("ranks", 1), ("blocks", 1), ("heads", 1), ("hidden", 1), ("tokens", 1), ("steps", 1)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name}", getattr(options, name), f"at least {least}")
+    if options.warmup < 0:
+        raise ConfigError("--warmup", options.warmup, "at least 0")
+    if options.hidden % options.heads:
+        raise ConfigError("--heads", options.heads, f"a divisor of --hidden {options.hidden}")
+    ranks = int(os.environ.get("WORLD_SIZE", options.ranks))
+    if options.blocks % ranks:
+        hint = "the bubble-free time is that of the blocks of one rank"
+        raise ConfigError("--blocks", options.blocks, f"a multiple of the {ranks} ranks", hint)
+    for name in options.peers:
+        if name not in PEERS:
+            raise ConfigError("--peers", name, "of " + ", ".join((*PEERS, "none")), closest(name, PEERS))
+    if options.blocks % (2 * ranks) and set(options.peers) - {"1F1B", "InterleavedZeroBubble"}:
+        allowed = f"a multiple of {2 * ranks}, for torch's schedules of two chunks on {ranks} ranks"
+        raise ConfigError("--blocks", options.blocks, allowed, "or leave those out of --peers")
+    for name in options.schedules:
+        _, slash, chunks = name.partition("/")
+        if slash and not (chunks.isdecimal() and int(chunks)):
+            raise ConfigError("--schedules", name, "names, or name/chunks such as zb-v/4")
+
+
+def _not_allowed(text: str, allowed: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}")
+
+
 def _integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    numbers = [int(word) if word.isdecimal() else 0 for word in text.split(",")]
+    if min(numbers) < 1:
+        raise _not_allowed(text, "positive integers with commas between them: 4,8,16")
+    return numbers
 
 
 def _words(text: str) -> list[str]:
@@ -342,14 +179,22 @@ def _words(text: str) -> list[str]:
 
 
 def _milliseconds(text: str) -> tuple[float, ...]:
-    forward, backward, weight = (float(word) / 1e3 for word in text.split(","))
-    return forward, backward, weight
+    try:
+        forward, backward, weight = (float(word) / 1e3 for word in text.split(","))
+        costs = Costs(forward, backward, weight)
+    except ValueError:
+        raise _not_allowed(text, "three positive times F,B,W in milliseconds: 20,20,20") from None
+    return costs.forward, costs.backward, costs.weight
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, and print a table, or one JSON object as the last line of rank 0."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(arguments)
+    try:
+        options = parse(arguments)
+    except ConfigError as problem:
+        print(problem, file=sys.stderr)
+        return 2
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
         return subprocess.call([*command, "-m", "lightning_moe.bench.pipeline", *arguments])

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.layers import Linear
 from lightning_moe.pipeline.parts import ModelPart
 from lightning_moe.pipeline.spec import Carry, Microbatch, PartOutput
-from lightning_moe.weight_grad import WeightGrad, attach_sink, deliver, linear, sink_of
+from lightning_moe.weight_grad import WeightGrad, attach_sink, deliver, sink_of
 from lightning_moe.weight_grad.queue import WeightGradQueue
-
-
-class OurLinear(nn.Linear):
-    """A linear layer whose weight gradient can be deferred."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``input @ weight^T``."""
-        return linear(input, self.weight)
 
 
 class TransformerBlock(nn.Module):
@@ -36,7 +29,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, *, ours: bool) -> None:
         super().__init__()
-        kind = OurLinear if ours else nn.Linear
+        kind = Linear if ours else nn.Linear
         self.heads = heads
         self.attention_norm, self.ffn_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.qkv, self.out = kind(width, 3 * width, bias=False), kind(width, width, bias=False)
@@ -112,8 +105,6 @@ class _GradSink:
 
     def __init__(self, weight: nn.Parameter, queue: WeightGradQueue) -> None:
         self._weight, self._queue = weight, queue
-        self._fresh = True
-        weight.grad = torch.zeros_like(weight)
 
     @property
     def defers(self) -> bool:
@@ -130,9 +121,10 @@ class _GradSink:
 
     def add(self, grad: WeightGrad) -> None:
         """Add the gradient."""
-        assert self._weight.grad is not None
-        grad.add_to(self._weight.grad, accumulate=not self._fresh)
-        self._fresh = False
+        if self._weight.grad is None:
+            self._weight.grad = grad.compute()
+        else:
+            grad.add_to(self._weight.grad, accumulate=True)
 
     def drained(self) -> None:
         """Nothing waits for it."""
@@ -141,7 +133,7 @@ class _GradSink:
 def weight_sinks(module: nn.Module, queue: WeightGradQueue) -> None:
     """Let our layers' weight gradients go to the queue, and from there to ``weight.grad``."""
     for layer in module.modules():
-        if isinstance(layer, OurLinear | Sleep):
+        if isinstance(layer, Linear | Sleep):
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
             attach_sink(weight, _GradSink(weight, queue))

@@ -41,8 +41,8 @@ class Times:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
-class StepClock:
-    """Marks the ends of steps without making the host wait for the device.
+class DeviceClock:
+    """Points in time of a device, taken without making the host wait for it.
 
     Args:
         device: Where the work runs; CUDA events on a GPU, the host's clock elsewhere.
@@ -50,24 +50,41 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    def now(self) -> Any:
+        """The point at which the work that has been given to the device is done."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Seconds between two points; waits for the device."""
+        if self._device.type != "cuda":
+            return float(end - begin)
+        torch.cuda.synchronize(self._device)
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+class StepClock:
+    """Marks the ends of steps without making the host wait for the device.
+
+    Args:
+        device: Where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock = DeviceClock(device)
         self._marks: list[Any] = []
 
     def mark(self) -> None:
         """End one step and begin the next."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+        self._marks.append(self._clock.now())
 
     def times(self) -> Times:
         """The steps between the marks so far; waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            pairs = zip(self._marks, self._marks[1:], strict=False)
-            return Times.of(first.elapsed_time(second) / 1e3 for first, second in pairs)
-        return Times.of(second - first for first, second in zip(self._marks, self._marks[1:], strict=False))
+        return Times.of(self._clock.seconds(first, second) for first, second in pairwise(self._marks))
 
 
 def kind_of_kernel(name: str) -> str:

@@ -118,7 +118,7 @@ def _costs(options: argparse.Namespace) -> Costs:
     activation, weight_activation = _numbers("--memory", options.memory, "M_B,M_W")
     for name in ("stages", "microbatches", "chunks", "max_lag", "memory_limit", "communication"):
         value, least = getattr(options, name), 0 if name in ("max_lag", "memory_limit", "communication") else 1
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < inf:
             raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {least}")
     return Costs(forward, backward, weight, options.communication, activation, weight_activation)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import ClassVar, Literal
 
 from lightning_moe.config.ranges import Rule, above, at_least, exclusive, validate
@@ -13,13 +14,26 @@ def _depths_are_positive(config: PipelineConfig) -> ConfigError | None:
     depths = config.blocks_per_stage
     if depths is None or (depths and all(depth >= 0 for depth in depths) and sum(depths) > 0):
         return None
-    return ConfigError("blocks_per_stage", depths, "a number of blocks for each stage, in order")
+    return ConfigError("blocks_per_stage", list(depths), "a number of blocks for each stage, in order")
 
 
 def _costs_are_positive(config: PipelineConfig) -> ConfigError | None:
-    if min(config.costs) > 0:
+    if all(0 < cost < inf for cost in config.costs):
         return None
-    return ConfigError("costs", config.costs, "three positive times: of F, B and W")
+    return ConfigError("costs", list(config.costs), "three positive times: of F, B and W")
+
+
+def _block_costs_are_positive(config: PipelineConfig) -> ConfigError | None:
+    costs = config.block_costs
+    if costs is None or (costs and all(0 < cost < inf for cost in costs)):
+        return None
+    return ConfigError("block_costs", list(costs), "a positive number for each block", "leave it out to ask the model")
+
+
+def _communication_is_finite(config: PipelineConfig) -> ConfigError | None:
+    if isfinite(config.communication):
+        return None
+    return ConfigError("communication", config.communication, "a time in the units of costs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +54,8 @@ class PipelineConfig:
         exclusive("blocks_per_stage", "block_costs"),
         _depths_are_positive,
         _costs_are_positive,
+        _block_costs_are_positive,
+        _communication_is_finite,
     )
 
     schedule: str = "zb-h1"
@@ -53,7 +69,7 @@ class PipelineConfig:
     """Most microbatches that weight gradients lag behind; null is what the schedule gains from. 1 keeps about 60 % of
     the gain, and is right with full activation checkpointing, where it bounds the activations that are kept."""
     blocks_per_stage: tuple[int, ...] | None = None
-    """Number of blocks of each stage; null divides by cost."""
+    """Number of blocks of each stage; null divides by cost. ``auto`` makes as many stages as there are numbers."""
     block_costs: tuple[float, ...] | None = None
     """Relative cost of each block, for dividing them; null asks the model."""
     costs: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -61,7 +77,9 @@ class PipelineConfig:
     communication: float = 0.0
     """Time that a tensor takes to the next rank, in the units of ``costs``, for ``auto`` and ``plan``."""
     memory_limit: float | None = None
-    """Most activation memory for ``auto``, in microbatches of one rank; null is what 1F1B needs."""
+    """Most activation memory of a rank, in microbatches, with all stages taken to be alike. ``auto``, ``zb-v``,
+    ``v-half`` and ``v-min`` keep to it, others are refused if they need more; null is the schedule's own, for ``auto``
+    what 1F1B needs."""
     weight_grad_megabytes: float | None = None
     """Most memory in MiB that deferred weight gradients may hold on to; what exceeds it is computed early."""
     dynamic_shapes: bool = False

@@ -9,7 +9,7 @@ from lightning_moe.layers.cross_entropy import linear_cross_entropy, loss_peak_b
 from lightning_moe.layers.embedding import VocabParallelEmbedding
 from lightning_moe.layers.feed_forward import FeedForward, ResidualBlock, SwiGLU
 from lightning_moe.layers.kv_cache import KVCache
-from lightning_moe.layers.linear import ColumnParallelLinear, RowParallelLinear
+from lightning_moe.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from lightning_moe.layers.logits import whole_logits
 from lightning_moe.layers.norm import ParallelRMSNorm, RMSNorm
 from lightning_moe.layers.rope import apply_rope, rope_frequencies, rope_tables, rope_tables_at
@@ -22,6 +22,7 @@ __all__ = [
     "ColumnParallelLinear",
     "FeedForward",
     "KVCache",
+    "Linear",
     "ParallelRMSNorm",
     "RMSNorm",
     "ResidualBlock",

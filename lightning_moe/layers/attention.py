@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_moe.errors import ConfigError
+from lightning_moe.layers.linear import Linear
 from lightning_moe.layers.rope import apply_rope
 
 # Shapes: B batch, S sequence, D model width, N heads, H head width (D = N * H).
@@ -29,8 +30,8 @@ class SelfAttention(nn.Module):
             raise ConfigError("num_heads", num_heads, f"a divisor of hidden_size {hidden_size} that gives even heads")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out_proj = Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], key_mask: Tensor | None = None) -> Tensor:
         """Let every token attend to the admitted tokens of its sequence.

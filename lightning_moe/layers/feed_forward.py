@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moe.layers.linear import ColumnParallelLinear, RowParallelLinear
+from lightning_moe.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from lightning_moe.layers.swiglu import swiglu
 from lightning_moe.layers.token_layout import TokenLayout
 from lightning_moe.parallel.layout import Axis
@@ -23,8 +23,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.up_proj = Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.down_proj = Linear(ffn_hidden_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map ``[..., D]`` to ``[..., D]``."""

@@ -16,11 +16,24 @@ from lightning_moe.layers.token_layout import TokenLayout
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import ShardSpec, even_slice, set_shard_spec, sharded_init_
+from lightning_moe.weight_grad import linear
 
 # [Note: fused matrices]
 # A matrix may stack several logical blocks, as q|k|v or gate|up. A rank then needs its rows of every block, which are
 # no contiguous slice of the whole: that is what ``index`` is for. It is part of the ShardSpec, so checkpoints and
 # initial weights are those of the whole matrix whatever the number of ranks.
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose weight gradient can be accumulated in float32, and deferred by a pipeline's schedule.
+
+    Parameters, their names and initial values are those of ``nn.Linear``; a state dict of one fits the other.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ weight^T + bias``, ``[..., K]`` to ``[..., N]``; the bias's gradient is not deferred."""
+        out = linear(input, self.weight)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class ColumnParallelLinear(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -25,6 +26,11 @@ Network = TypeVar("Network", bound=nn.Module)
 class WholeNetwork(Protocol):
     """A network that runs a batch in one piece."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+        ...
+
     def run_whole(self, microbatch: Microbatch) -> PartOutput:
         """Run all of the network; ``microbatch.context`` is a :data:`~lightning_moe.models.tasks.Task`."""
         ...
@@ -41,13 +47,19 @@ def run_step(
         batch: The batch.
         task: What is wanted.
         outputs: Whether predictions are wanted.
+
+    Returns:
+        The result, its loss in the dtype of the weights, float32 at least. Stages add it up in float64: rounding the
+        sum gives all pipelines the same number.
     """
     runner = pipeline_of(module)
     if runner is not None:
-        return runner.run_schedule(batch, task, outputs=outputs)
-    out = network.run_whole(Microbatch(batch, context=task))
-    loss = torch.zeros(()) if out.loss is None else out.loss
-    return ScheduleResult(loss, dict(out.metrics), [out.output])
+        result = runner.run_schedule(batch, task, outputs=outputs)
+    else:
+        out = network.run_whole(Microbatch(batch, context=task))
+        loss = torch.zeros(()) if out.loss is None else out.loss
+        result = ScheduleResult(loss, dict(out.metrics), [out.output])
+    return replace(result, loss=result.loss.to(torch.promote_types(network.dtype, torch.float32)))
 
 
 def take_over(network: Network, before: nn.Module | None) -> Network:

@@ -11,8 +11,13 @@ from lightning_moe.moe.layer import RoutingInfo
 
 
 def auxiliary_loss(routing: Collection[RoutingInfo]) -> Tensor:
-    """Sum of the load-balancing and z-losses of some layers, scalar; to be added to the model's loss."""
-    return torch.stack([routed.auxiliary_loss + routed.z_loss for routed in routing]).sum()
+    """Sum of the load-balancing and z-losses of some layers, scalar; to be added to the model's loss.
+
+    In float64 (float32 where the device has none), in which sums over the layers of each stage of a pipeline add up to
+    the sum over all layers.
+    """
+    losses = torch.stack([routed.auxiliary_loss + routed.z_loss for routed in routing])
+    return losses.sum(dtype=sum_dtype(losses.device))
 
 
 def routing_metrics(routing: Mapping[int, RoutingInfo], num_layers: int, weight: float) -> dict[str, Tensor]:
@@ -38,7 +43,12 @@ def routing_metrics(routing: Mapping[int, RoutingInfo], num_layers: int, weight:
 
 def as_metric(value: Tensor) -> Tensor:
     """Detached, and in float64 (float32 where the device has none): a metric has the same dtype in every step."""
-    return value.detach().to(torch.float64 if value.device.type != "mps" else torch.float32)
+    return value.detach().to(sum_dtype(value.device))
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In what losses and metrics are added up: float64, or float32 where the device has none."""
+    return torch.float64 if device.type != "mps" else torch.float32
 
 
 def load_imbalance(tokens_per_expert: Tensor) -> Tensor:

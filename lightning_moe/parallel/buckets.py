@@ -1,62 +1,36 @@
-"""Flat buffers that gradients of many parameters share, and what is known of each parameter in them."""
+"""Flat buffers that gradients of many parameters share, and how they are reduced.
+
+[Note: what a bucket holds]
+Gradients live in flat *main-grad* buckets of at least float32. A dense bucket is reduced over ``data_context`` (over
+``data_context_tensor`` where each tensor rank has a part of the gradient), an expert bucket over ``expert_data``; all
+are divided by the size of ``data_context``, because the loss is a mean over those ranks: an expert's gradient already
+holds the sum over the ranks that sent it tokens, so dividing it by the number of its replicas would make it ``expert``
+times too large (see ``docs/concepts/expert-parallelism.md``).
+
+Every parameter has a flag, "this rank used it". The flags are summed like the gradients, so that a parameter which no
+rank used keeps ``grad=None``, as in a single process: a zero gradient would let AdamW decay its weights. They lie
+behind the gradients and travel with them, unless these are scattered. Sharded or not, a bucket has the same length,
+because backends choose the order of their sums by it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_moe.parallel.collectives import start_all_reduce_, start_reduce_scatter_
 from lightning_moe.parallel.flat import FlatLayout
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sharding import ShardSpecs, shard_axis_of
+from lightning_moe.parallel.slots import Slot, dense_stride
 
-
-@dataclass(eq=False)
-class Slot:
-    """One parameter's place in its bucket."""
-
-    name: str
-    parameter: nn.Parameter
-    view: Tensor
-    """The main gradient, in the parameter's shape and strides."""
-    run: range
-    """Which of the parameter's elements, in the order of memory, lie in this rank's shard of the bucket."""
-    copies: int
-    """How many ranks of the pipeline stage have an equal element in their shards, this one included."""
-    node: torch.autograd.graph.Node
-    """Autograd's node that accumulates the gradient; its hooks live as long as it is referred to."""
-    fresh: bool = True
-    """Whether the next contribution replaces what the bucket holds."""
-    used: bool = False
-    """Whether this rank has contributed since accumulation started."""
-    arrived: bool = False
-    """Whether everything has arrived that the backward passes of this step bring."""
-    deferred: bool = False
-    """Whether a queue holds gradients that are not in the bucket yet."""
-    sunk: bool = False
-    """Whether this pipeline step has brought gradients past autograd."""
-    apart: Tensor | None = None
-    """The sum of what autograd has brought beside them, float32 at least."""
-    chunks: frozenset[int] = frozenset()
-    """Chunks of a pipeline whose backward passes reached the parameter in the step before."""
-    reached: set[int] = field(default_factory=set)
-    """Those that have reached it in this step."""
-    ended: set[int] = field(default_factory=set)
-    """Those whose last backward pass of this step has reached it."""
-    copy: Tensor | None = None
-    """The low-precision gradient that was handed out, with its version at that time."""
-    copy_version: int = 0
-    main: nn.Parameter | None = None
-    """What the optimizer steps in place of the parameter, if it is another tensor."""
-    main_grad: Tensor | None = None
-    """The reduced gradient in the shape of ``main``: a view of the bucket."""
-    elsewhere: tuple[Tensor, Tensor] | None = None
-    """What stands in for the gradient of the parameter, and of ``main``, while the other one has it."""
-
-    @property
-    def hidden(self) -> bool:
-        """Whether the gradient is too precise for ``parameter.grad``, and the optimizer gets it by ``main``."""
-        return self.main is not None and self.parameter.dtype != self.view.dtype
+Member = tuple[str, nn.Parameter, ShardSpecs]
+"""Name, parameter and specs of what a bucket is made for."""
 
 
 @dataclass(eq=False)
@@ -86,11 +60,109 @@ class Bucket:
         """This rank's part of the gradients."""
         return own_shard(self.grads, self.layout, self.rank)
 
+    def take_over(self) -> None:
+        """Bring the bucket in line with the gradients that were handed out, before backward adds to it."""
+        self.wait()  # for what a backward pass has left that ended in an exception
+        for slot in self.slots:
+            slot.take_over(reduced=self.reduced)
+        if self.reduced and not all(slot.fresh for slot in self.slots):
+            self._undo_reduction()
+        self.reduced = self.issued = False
+        self.missing = len(self.slots)
+
+    def reduce(self) -> None:
+        """Begin to sum over the ranks of the group."""
+        self.issued = True
+        for slot in self.slots:
+            if slot.fresh:
+                slot.view.zero_()
+            slot.join()
+        if all(slot.used for slot in self.slots):
+            self.flags.fill_(1.0)
+        else:
+            self.flags.copy_(torch.tensor([float(slot.used) for slot in self.slots]))
+        if self.group is None:
+            return
+        if self.sharded:
+            self.works.append(start_reduce_scatter_(self.grads, self.group).work)
+            self.works.append(start_all_reduce_(self.flags, self.group).work)
+        else:
+            self.works.append(start_all_reduce_(self.grads, self.group).work)
+
+    def finish_reduction(self) -> None:
+        """Wait for the sums and make means of them, and find out which parameters have been used by any rank."""
+        self.wait()
+        (self.shard if self.sharded else self.grads).mul_(self.scale)
+        self.reduced = True
+        if not all(slot.used for slot in self.slots):  # reading the flags waits for the device: only if needed
+            for slot, flag in zip(self.slots, self.flags.tolist(), strict=True):
+                slot.used = abs(flag) > 0  # a complex bucket has complex flags
+
+    def hand_out(self) -> None:
+        """Set the gradients of all parameters."""
+        for slot in self.slots:
+            slot.join()
+            slot.hand_out(reduced=self.reduced)
+
     def wait(self) -> None:
         """Wait for the collectives that are under way."""
         for work in self.works:
             work.wait()
         self.works.clear()
+
+    def _undo_reduction(self) -> None:
+        """Leave a reduced gradient to one rank, so that reducing it again, with what is added to it, counts it once."""
+        shard = self.layout.shard(self.rank)
+        self.grads[: shard.start].zero_()
+        self.grads[shard.stop :].zero_()
+        self.shard.div_(self.scale)
+
+
+def make_bucket(members: Sequence[Member], axis: Axis, mesh: ParallelMesh, *, shard: bool) -> Bucket:
+    """Allocate a bucket for parameters of one dtype and device.
+
+    Args:
+        members: The parameters.
+        axis: What their gradients are summed over.
+        mesh: The parallel mesh.
+        shard: Whether each rank steps only its part, if there are several.
+    """
+    replicas, data_ranks = mesh.size(axis), mesh.size(Axis.DATA_CONTEXT)
+    holders = mesh.size(Axis.DATA_CONTEXT_TENSOR)
+    if axis is Axis.TIED:  # on another stage, too
+        holders = holders * replicas // data_ranks
+    first = members[0][1]
+    layout = FlatLayout((*(parameter.numel() for _, parameter, _ in members), len(members)), replicas)
+    grads = torch.zeros(layout.total, dtype=main_dtype(first.dtype), device=first.device)
+    *offsets, behind = layout.offsets
+    flags = grads[behind : behind + len(members)]
+    slots = [
+        Slot(
+            name,
+            parameter,
+            grads.as_strided(parameter.shape, dense_stride(parameter), offset),
+            layout.run(i, mesh.rank(axis)),
+            holders // (replicas * _parts(specs, mesh)),
+            torch.autograd.graph.get_gradient_edge(parameter).node,
+        )
+        for i, ((name, parameter, specs), offset) in enumerate(zip(members, offsets, strict=True))
+    ]
+    sharded = shard and replicas > 1
+    return Bucket(
+        layout,
+        grads,
+        flags.clone() if sharded else flags,
+        slots,
+        mesh.active_group(axis),
+        mesh.rank(axis),
+        scale=1 / data_ranks,
+        sharded=sharded,
+    )
+
+
+def main_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype gradients of parameters of ``dtype`` are summed."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def own_shard(flat: Tensor, layout: FlatLayout, rank: int) -> Tensor:
@@ -99,30 +171,7 @@ def own_shard(flat: Tensor, layout: FlatLayout, rank: int) -> Tensor:
     return flat[positions.start : positions.stop]
 
 
-def dense_stride(parameter: Tensor) -> tuple[int, ...]:
-    """The strides that autograd gives the parameter's gradient.
-
-    Fused optimizers walk through parameter and gradient in memory order, and some do not check that both have the same.
-    """
-    return torch.empty_like(parameter, device="meta", memory_format=torch.preserve_format).stride()
-
-
-def elements(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The elements of a tensor, ``[numel]``, in the order in which a dense parameter of its shape has them in memory.
-
-    A view where the tensor has the strides of the parameter, else a copy.
-    """
-    stride = dense_stride(parameter)
-    if tensor.stride() != stride:
-        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def stand_in(parameter: Tensor) -> Tensor:
-    """A gradient of NaN that takes one element's memory; torch refuses to add to expanded tensors."""
-    return torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-
-
-def is_filled(stand_in: Tensor) -> bool:
-    """Whether somebody has filled the tensor, as ``zero_grad(set_to_none=False)`` does: that, torch does not refuse."""
-    return stand_in._version > 0
+def _parts(specs: ShardSpecs, mesh: ParallelMesh) -> int:
+    """Number of ranks that hold the whole parameter between them."""
+    axis = shard_axis_of(specs)
+    return 1 if axis is None else mesh.size(axis)

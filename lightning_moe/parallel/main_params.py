@@ -10,8 +10,7 @@ The optimizer holds *main parameters* in the positions where the user put parame
 * of a parameter below float32, a float32 copy: steps that are smaller than the weight's last bit add up there;
 * of any other parameter, the parameter itself.
 
-The weights of a sharded bucket lie in one flat buffer, laid out like its gradients. Float32 main parameters are views
-of the own shard in it. After the step the shards are gathered in place, and every rank has whole weights again.
+How its steps get into the weights is told in :mod:`lightning_moe.parallel.bucket_weights`.
 
 [Note: when gathered weights are waited for]
 The gathers begin right after the step, in the order in which forward will want the weights. Whoever reads a weight
@@ -22,19 +21,18 @@ strategy, that nobody but the next forward pass reads weights. The module then w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from lightning_moe.errors import ConfigError
-from lightning_moe.parallel.buckets import Bucket, Slot, elements, own_shard, stand_in
-from lightning_moe.parallel.collectives import start_all_gather_
+from lightning_moe.parallel.bucket_weights import BucketWeights
+from lightning_moe.parallel.buckets import Bucket
+from lightning_moe.parallel.slots import Slot, elements, stand_in
 
 _MARK = "_gather_in_forward"
 
@@ -73,36 +71,6 @@ def _promised(module: nn.Module) -> list[nn.Parameter]:
     return [p for each in module.__dict__.get(_MARK, ()) for p in each.parameters()]
 
 
-@dataclass(eq=False)
-class _Weights:
-    """The weights of one bucket whose optimizer is sharded, or whose parameters are of low precision."""
-
-    bucket: Bucket
-    flat: Tensor | None
-    """Weights of all parameters, laid out like the bucket's gradients; None if the bucket is not sharded."""
-    shard: Tensor | None
-    """Main weights of this rank's shard, where they are not views of ``flat``."""
-    gather: dist.Work | None = None
-    versions: list[int] = field(default_factory=list)
-    """Of the parameters, when main weights were last brought in line with them."""
-
-    def read_versions(self) -> list[int]:
-        """How often each parameter has been written; torch does not count what is written through ``.data``."""
-        return [slot.parameter._version for slot in self.bucket.slots]
-
-    @property
-    def own(self) -> Tensor:
-        """This rank's shard of the weights."""
-        assert self.flat is not None
-        return own_shard(self.flat, self.bucket.layout, self.bucket.rank)
-
-    def wait(self) -> None:
-        """Wait until the weights are those of all ranks."""
-        if self.gather is not None:
-            self.gather.wait()
-            self.gather = None
-
-
 class MainParams:
     """The main parameters of some optimizers.
 
@@ -115,7 +83,7 @@ class MainParams:
         """Whether marked modules wait for their own weights; else all are waited for at the end of the step."""
         self._optimizers = list(optimizers)
         self._by_main: dict[Tensor, MainParam] = {}
-        self._weights: list[_Weights] = []
+        self._weights: list[BucketWeights] = []
         self._wait_in_forward: set[Bucket] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for optimizer in self._optimizers:
@@ -146,17 +114,10 @@ class MainParams:
         precise = bucket.slots[0].parameter.dtype == bucket.grads.dtype
         if not slots or (precise and not bucket.sharded):
             return
-        weights = _Weights(bucket, None, None)
+        weights = BucketWeights(bucket)
         if bucket.sharded:
             assert len(slots) == len(bucket.slots)
-            weights.flat = torch.zeros(
-                bucket.layout.total, dtype=bucket.slots[0].parameter.dtype, device=bucket.grads.device
-            )
-            for slot, view in _views(bucket, weights.flat):
-                view.copy_(slot.parameter)
-                slot.parameter.data = view
-            if not precise:
-                weights.shard = weights.own.to(bucket.grads.dtype)
+            weights.flatten()
         made = {slot.parameter: _make_main(slot, weights) for slot in slots}
         self._by_main.update({each.main: each for each in made.values()})
         for optimizer in self._optimizers:
@@ -197,8 +158,8 @@ class MainParams:
         """
         self.wait()
         for weights in self._weights:
-            _follow_moved(weights)
-            _follow_values(weights)
+            weights.follow_moved()
+            weights.follow_values()
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor], module: nn.Module) -> None:
@@ -218,9 +179,9 @@ class MainParams:
     def follow(self) -> None:
         """Follow weights that somebody has written or replaced, as far as this is seen without reading them."""
         for weights in self._weights:
-            if _follow_moved(weights) or weights.read_versions() != weights.versions:
+            if weights.follow_moved() or weights.read_versions() != weights.versions:
                 weights.wait()
-                _follow_values(weights)
+                weights.follow_values()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -231,19 +192,9 @@ class MainParams:
         """
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for weights in reversed(self._weights):  # buckets are in the order of backward
-            bucket = weights.bucket
-            slots = [slot for slot in bucket.slots if slot.main is not None and slot.main in stepped]
-            if not slots:
-                continue
-            if not bucket.sharded:
-                torch._foreach_copy_([s.parameter for s in slots], [s.main for s in slots if s.main is not None])
-                weights.versions = weights.read_versions()
-                continue
-            if weights.shard is not None:
-                weights.own.copy_(weights.shard)
-            assert weights.flat is not None
-            assert bucket.group is not None
-            weights.gather = start_all_gather_(weights.flat, bucket.group).work
+            slots = [slot for slot in weights.bucket.slots if slot.main is not None and slot.main in stepped]
+            if slots:
+                weights.take_step(slots)
         if not self.overlap or len(optimizer._optimizer_step_post_hooks) > 1 or _global_optimizer_post_hooks:
             self.wait()
 
@@ -267,7 +218,7 @@ class MainParams:
             main.data = main.data.cpu()
 
 
-def _make_main(slot: Slot, weights: _Weights) -> MainParam:
+def _make_main(slot: Slot, weights: BucketWeights) -> MainParam:
     bucket, parameter = weights.bucket, slot.parameter
     if bucket.sharded:
         shard = weights.own if weights.shard is None else weights.shard
@@ -280,45 +231,6 @@ def _make_main(slot: Slot, weights: _Weights) -> MainParam:
         slot.main_grad = slot.view
     slot.elsewhere = stand_in(parameter), stand_in(slot.main)
     return MainParam(parameter, slot.main, slot.run if bucket.sharded else None)
-
-
-def _views(bucket: Bucket, flat: Tensor) -> Iterable[tuple[Slot, Tensor]]:
-    for slot in bucket.slots:
-        yield slot, flat.as_strided(slot.view.shape, slot.view.stride(), slot.view.storage_offset())
-
-
-def _follow_moved(weights: _Weights) -> bool:
-    """Take back parameters whose ``data`` somebody has replaced by another tensor; return whether there were any."""
-    if weights.flat is None:
-        return False
-    first, size = weights.flat.data_ptr(), weights.flat.element_size()
-    moved = [
-        slot
-        for slot in weights.bucket.slots
-        if slot.parameter.numel() and slot.parameter.data_ptr() != first + size * slot.view.storage_offset()
-    ]
-    for slot in moved:
-        if slot.parameter.dtype != weights.flat.dtype:
-            _refuse_new_dtype(slot, weights.flat.dtype)
-        weights.wait()
-        view = weights.flat.as_strided(slot.view.shape, slot.view.stride(), slot.view.storage_offset())
-        view.copy_(slot.parameter)
-        slot.parameter.data = view
-    return bool(moved)
-
-
-def _follow_values(weights: _Weights) -> None:
-    if weights.shard is not None:
-        _follow(weights.shard, weights.own)
-    elif weights.flat is None:
-        for slot in weights.bucket.slots:
-            if slot.main is not None:
-                _follow(slot.main, slot.parameter)
-    weights.versions = weights.read_versions()
-
-
-def _follow(main: Tensor, weight: Tensor) -> None:
-    main.copy_(torch.where(main.to(weight.dtype) == weight, main, weight.to(main.dtype)))
 
 
 def _replace(optimizer: Optimizer, mains: Mapping[nn.Parameter, MainParam]) -> None:
@@ -337,7 +249,7 @@ def _replace(optimizer: Optimizer, mains: Mapping[nn.Parameter, MainParam]) -> N
 class _WaitFor:
     """Forward pre-hook of a module that waits for its weights."""
 
-    def __init__(self, weights: Sequence[_Weights]) -> None:
+    def __init__(self, weights: Sequence[BucketWeights]) -> None:
         self._weights = weights
 
     def __call__(self, *_: Any) -> None:
@@ -346,12 +258,3 @@ class _WaitFor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _WaitFor, ((),)  # a copied module takes its hooks along; its weights are its own
-
-
-def _refuse_new_dtype(slot: Slot, dtype: torch.dtype) -> None:
-    raise ConfigError(
-        f"parameter {slot.name}",
-        slot.parameter.dtype,
-        str(dtype),
-        "an optimizer steps a shard of it already: set Trainer(precision=...), or change dtypes in configure_model",
-    )

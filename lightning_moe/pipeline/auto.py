@@ -12,7 +12,7 @@ from lightning_moe.pipeline.schedules.one_f_one_b import interleaved_one_f_one_b
 from lightning_moe.pipeline.schedules.options import ScheduleFunction, ScheduleOptions
 from lightning_moe.pipeline.schedules.v_shaped import zb_v
 from lightning_moe.pipeline.schedules.zero_bubble import zb_h1, zb_h1_interleaved, zb_h2
-from lightning_moe.pipeline.simulate import simulate
+from lightning_moe.pipeline.simulate import peak_memory, simulate
 
 _CHUNK_COUNTS = (1, 2, 4)
 
@@ -34,12 +34,14 @@ def auto(ranks: int, microbatches: int, options: ScheduleOptions) -> Schedule:
     least_memory = float("inf")
     for function, choice in _candidates(ranks, limited):
         schedule = function(ranks, microbatches, choice)
-        simulation = simulate(schedule, options.costs)
-        peak = max(simulation.peak)
+        peak = max(peak_memory(schedule, options.costs))
         least_memory = min(least_memory, peak)
+        if peak > memory * (1 + 1e-9):
+            continue
+        makespan = simulate(schedule, options.costs).makespan
         # Rounded, so that sums in another order do not hide that two are equally fast.
-        cost = (float(f"{simulation.makespan:.9g}"), float(f"{peak:.9g}"))
-        if peak <= memory * (1 + 1e-9) and (best is None or cost < best[0]):
+        cost = (float(f"{makespan:.9g}"), float(f"{peak:.9g}"))
+        if best is None or cost < best[0]:
             best = cost, schedule
     if best is None:
         needed = f"at least {least_memory / options.costs.activation:g}, for {ranks} ranks and these costs"

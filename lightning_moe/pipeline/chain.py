@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_moe.parallel.main_params import gather_in_forward
 from lightning_moe.pipeline.parts import ModelPart
 from lightning_moe.pipeline.spec import Carry, Microbatch, PartOutput, PipelineSpec
 
@@ -24,7 +25,7 @@ def chain_spec(
     head_cost: float = 0.0,
     split: Callable[[Any, int], list[Any]] | None = None,
 ) -> PipelineSpec:
-    """Describe a model as a chain of modules, each made by a function, so that a stage builds only its own.
+    """Describe a model as a chain of modules, each made by a function, of which a stage keeps its own.
 
     Parameters are named ``embed.*``, ``blocks.<number>.*`` and ``head.*``, however the chain is cut.
 
@@ -33,7 +34,8 @@ def chain_spec(
         blocks: Make the blocks. A block is called with the tensor or tensors that the one before it returned. What all
             blocks need (a mask, an auxiliary loss so far) is handed on beside the hidden states.
         head: Makes the module that turns what the last block returns into the prediction.
-        loss: ``loss(prediction, microbatch)``, a mean over samples; optionally with metrics (see
+        loss: ``loss(prediction, batch)`` with the microbatch's part of the batch, a mean over samples; optionally with
+            metrics (see
             :class:`~lightning_moe.pipeline.spec.PartOutput`).
         block_costs: Relative cost of each block; None if all are alike.
         embed_cost: Cost of the embedding relative to an average block.
@@ -76,6 +78,7 @@ class ChainModel(nn.Module):
         self.blocks = nn.ModuleDict()
         for number, make in enumerate(blocks):
             if (block := _kept(make(), number in own)) is not None:
+                gather_in_forward(block)
                 self.blocks[str(number)] = block
         self.head = _kept(head(), any(part.last for part in parts))
 

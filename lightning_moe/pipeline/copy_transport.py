@@ -13,6 +13,7 @@ for the device, whose streams may wait for a rank that waits for this one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.pipeline.placement import Placement
-from lightning_moe.pipeline.transport import Arrival, Edge, HeaderTransport, TensorSpec, edges_of
+from lightning_moe.pipeline.transport import Arrival, Edge, HeaderTransport, TensorSpec, as_bytes, edges_of
 
 _PLACES = 4
 _PLACE_BYTES = 8 * 2**20
@@ -31,7 +32,7 @@ _PLACE_BYTES = 8 * 2**20
 
 def can_map_peers(group: dist.ProcessGroup | None, device: torch.device) -> bool:
     """Whether the ranks of a group are on one host with GPUs that reach each other's memory; a collective call."""
-    if device.type != "cuda" or dist.get_backend(group) != "nccl":
+    if device.type != "cuda" or dist.get_backend(group) != "nccl" or os.environ.get("NCCL_P2P_DISABLE") == "1":
         return False
     everybody: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everybody, (device.index, _host()), group=group)
@@ -60,18 +61,33 @@ class _End:
     """How many pieces have gone through."""
 
 
+class _Signals:
+    """Signals between the ranks, on the current stream; a rank that is gone makes the device fail after a while."""
+
+    def __init__(self, handle: Any, timeout: timedelta) -> None:
+        self._handle, self._milliseconds = handle, int(1e3 * timeout.total_seconds())
+
+    def put(self, peer: int, channel: int) -> None:
+        """Set a signal; waits until the last one has been seen."""
+        self._handle.put_signal(peer, channel, self._milliseconds)
+
+    def wait(self, peer: int, channel: int) -> None:
+        """Wait for a signal, and clear it."""
+        self._handle.wait_signal(peer, channel, self._milliseconds)
+
+
 class _Mail:
-    def __init__(self, handle: Any, end: _End, specs: Sequence[TensorSpec], device: torch.device) -> None:
-        self._handle, self._end, self._specs, self._device = handle, end, specs, device
+    def __init__(self, signals: _Signals, end: _End, specs: Sequence[TensorSpec], device: torch.device) -> None:
+        self._signals, self._end, self._specs, self._device = signals, end, specs, device
 
     def wait(self) -> list[Tensor]:
         tensors = [spec.empty(self._device) for spec in self._specs]
         end = self._end
         for piece in _pieces(tensors):
             place = end.pieces % _PLACES
-            self._handle.wait_signal(end.peer, end.full + place)
+            self._signals.wait(end.peer, end.full + place)
             piece.copy_(end.places[place][: piece.numel()], non_blocking=True)
-            self._handle.put_signal(end.peer, end.free + place)
+            self._signals.put(end.peer, end.free + place)
             end.pieces += 1
         return tensors
 
@@ -83,7 +99,7 @@ class CopyTransport(HeaderTransport):
         placement: Which rank holds which stage.
         pipelines: Global ranks of every pipeline in the world, in order.
         device: Where the tensors live.
-        timeout: Time after which the exchange of headers fails.
+        timeout: Time after which waiting for another rank fails.
         group: The ranks of this pipeline, for which :func:`can_map_peers` holds.
     """
 
@@ -109,7 +125,8 @@ class CopyTransport(HeaderTransport):
         leaving = [[edge for edge in ends if ends[edge][0] == rank != ends[edge][1]] for rank in range(placement.ranks)]
         most = max(map(len, arriving))
         self._memory = _symmetric_memory.empty(most * _PLACES * _PLACE_BYTES, dtype=torch.uint8, device=device)
-        self._handle = _symmetric_memory.rendezvous(self._memory, group)
+        handle = _symmetric_memory.rendezvous(self._memory, group)
+        self._signals = _Signals(handle, timeout)
         self._ends: dict[Edge, _End] = {}
         self._streams: dict[Edge, torch.cuda.Stream] = {}
         for edge, (sender, receiver) in ends.items():
@@ -119,9 +136,7 @@ class CopyTransport(HeaderTransport):
             self._ends[edge] = _End(
                 sender if own == receiver else receiver,
                 [
-                    self._handle.get_buffer(
-                        receiver, (_PLACE_BYTES,), torch.uint8, (box * _PLACES + place) * _PLACE_BYTES
-                    )
+                    handle.get_buffer(receiver, (_PLACE_BYTES,), torch.uint8, (box * _PLACES + place) * _PLACE_BYTES)
                     for place in range(_PLACES)
                 ],
                 full=box * _PLACES,
@@ -139,22 +154,22 @@ class CopyTransport(HeaderTransport):
             for piece in _pieces(tensors):
                 place = end.pieces % _PLACES
                 if end.pieces >= _PLACES:
-                    self._handle.wait_signal(end.peer, end.free + place)
+                    self._signals.wait(end.peer, end.free + place)
                 end.places[place][: piece.numel()].copy_(piece, non_blocking=True)
-                self._handle.put_signal(end.peer, end.full + place)
+                self._signals.put(end.peer, end.full + place)
                 end.pieces += 1
         for tensor in tensors:
             tensor.record_stream(stream)
 
     def receive(self, edge: Edge, specs: Sequence[TensorSpec]) -> Arrival:
         """Be ready for the next message; the current stream waits for it when it is taken."""
-        return _Mail(self._handle, self._ends[edge], specs, self._device)
+        return _Mail(self._signals, self._ends[edge], specs, self._device)
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """The bytes of contiguous tensors, in pieces of at most a place."""
     for tensor in tensors:
-        yield from tensor.reshape(-1).view(torch.uint8).split(_PLACE_BYTES)
+        yield from as_bytes(tensor).split(_PLACE_BYTES)
 
 
 def _host() -> str:

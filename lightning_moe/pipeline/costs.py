@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
+
+from lightning_moe.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,9 @@ class Costs:
         activation: Memory that a microbatch holds from its F to its B (or BW).
         weight_activation: Memory that it holds from B to W.
         stage_factors: For each stage, its times and memory relative to the average stage; None for equal stages.
+
+    Raises:
+        ConfigError: A time or a size is not positive and finite; the communication and a factor may be 0.
     """
 
     forward: float = 1.0
@@ -29,3 +35,13 @@ class Costs:
     activation: float = 1.0
     weight_activation: float = 1.0
     stage_factors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward", "weight", "activation", "weight_activation"):
+            if not 0 < getattr(self, name) < inf:
+                raise ConfigError(f"costs.{name}", getattr(self, name), "a positive number")
+        if not 0 <= self.communication < inf:
+            raise ConfigError("costs.communication", self.communication, "a number of at least 0")
+        factors = self.stage_factors
+        if factors is not None and not (all(0 <= factor < inf for factor in factors) and any(factors)):
+            raise ConfigError("costs.stage_factors", factors, "numbers of at least 0, not all of them 0")

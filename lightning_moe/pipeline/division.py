@@ -101,11 +101,12 @@ def blocks_by_hand(depths: Sequence[int], num_blocks: int, num_stages: int) -> t
     """
     field = "pipeline.blocks_per_stage"
     if len(depths) != num_stages:
-        raise ConfigError(field, tuple(depths), f"{num_stages} numbers, one for each stage")
+        hint = "pipeline.chunks says how many stages each rank holds; leave the numbers out to divide by cost"
+        raise ConfigError(field, list(depths), f"{num_stages} numbers, one for each stage", hint)
     if sum(depths) != num_blocks or min(depths) < 0:
-        raise ConfigError(field, tuple(depths), f"numbers that add up to the {num_blocks} blocks of the model")
+        raise ConfigError(field, list(depths), f"numbers that add up to the {num_blocks} blocks of the model")
     if 0 in depths[1:-1]:
-        raise ConfigError(field, tuple(depths), "at least one block for each stage between the first and the last")
+        raise ConfigError(field, list(depths), "at least one block for each stage between the first and the last")
     return _parts(list(accumulate(depths, initial=0)))
 
 

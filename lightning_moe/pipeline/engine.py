@@ -30,10 +30,14 @@ from lightning_moe.weight_grad.queue import WeightGradQueue
 
 
 class PassListener(Protocol):
-    """What wants to know which backward pass begins, as the gradient reducer does."""
+    """What wants to know which backward pass is under way, as the gradient reducer does."""
 
     def start_pass(self, chunk: int, *, final: bool) -> None:
         """A backward pass through ``chunk`` begins, the last one of the step if ``final``."""
+        ...
+
+    def end_pass(self) -> None:
+        """It has ended."""
         ...
 
 
@@ -192,7 +196,7 @@ class _Step:
         if not self._trains:
             return
         loss = output.loss
-        roots = [tensor for tensor in output.carry if tensor.requires_grad]
+        roots = [] if edge is None else [tensor for tensor in output.carry if tensor.requires_grad]
         self._saved[k, action.chunk] = _Saved(
             inputs,
             [get_gradient_edge(root) for root in roots],
@@ -217,6 +221,7 @@ class _Step:
         with queue.capture(k, action.chunk) if action.kind is Kind.B else nullcontext():
             if edges:
                 torch.autograd.backward(edges, grads)
+        self._listener.end_pass()
         edge = self._gradient_edge(self._edge_in(action))
         leaves = [tensor for tensor in saved.inputs if tensor.requires_grad]
         if edge is not None and leaves:
@@ -235,7 +240,9 @@ class _Step:
             self._totals.loss_dtype = torch.promote_types(self._totals.loss_dtype, output.loss.dtype)
             self._totals.loss += microbatch.weight * output.loss.detach().double().sum()
         for name, value in output.metrics.items():
-            value, before = value.detach(), self._totals.metrics.get(name)
+            if not isinstance(value, Tensor):
+                raise ConfigError(f"metrics.{name}", value, "a tensor", "torch.tensor(...) makes one of a number")
+            value, before = value.detach().to(self._engine._device), self._totals.metrics.get(name)
             self._totals.metrics[name] = value.clone() if before is None else before + value
         if not self._trains and output.output is not None:
             self._predictions[microbatch.index] = output.output

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from lightning_moe.errors import ConfigError
 
 Shape = Literal["loop", "v"]
 
@@ -20,11 +22,21 @@ class Placement:
         ranks: Number of ranks.
         chunks: Number of chunks that each rank holds.
         shape: ``loop`` or ``v``.
+
+    Raises:
+        ConfigError: There is no such shape, or ``ranks`` or ``chunks`` is not a positive integer.
     """
 
     ranks: int
     chunks: int = 1
     shape: Shape = "loop"
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "chunks"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(f"placement.{name}", getattr(self, name), "an integer of at least 1")
+        if self.shape not in get_args(Shape):
+            raise ConfigError("placement.shape", self.shape, "one of " + ", ".join(get_args(Shape)))
 
     @property
     def num_stages(self) -> int:

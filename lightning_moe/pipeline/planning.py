@@ -29,11 +29,15 @@ def schedule_of(config: PipelineConfig, ranks: int, num_blocks: int | None = Non
     Raises:
         ConfigError: There is no such schedule, or it is not made for these sizes.
     """
+    chunks, depths = config.chunks, config.blocks_per_stage
+    # Depths that are given are those of a number of stages, which auto would otherwise choose itself.
+    if config.schedule == "auto" and chunks is None and depths is not None and len(depths) % ranks == 0:
+        chunks = len(depths) // ranks
     return make_schedule(
         config.schedule,
         ranks,
         config.microbatches(ranks),
-        chunks=config.chunks,
+        chunks=chunks,
         max_lag=config.max_lag,
         costs=costs_of(config),
         memory_limit=config.memory_limit,

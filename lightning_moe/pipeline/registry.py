@@ -76,6 +76,10 @@ def make_schedule(
         raise ConfigError("parallel.pipeline", ranks, "at least 1")
     if microbatches < 1:
         raise ConfigError("pipeline.num_microbatches", microbatches, "at least 1")
+    if max_lag is not None and max_lag < 0:
+        raise ConfigError("pipeline.max_lag", max_lag, "at least 0")
+    if memory_limit is not None and not memory_limit > 0:
+        raise ConfigError("pipeline.memory_limit", memory_limit, "greater than 0")
     options = ScheduleOptions(
         chunks=chunks, max_chunks=max_chunks, max_lag=max_lag, costs=costs, memory_limit=memory_limit
     )

@@ -115,7 +115,7 @@ class PipelineRunner(Protocol):
         ...
 
     def run_schedule(self, batch: Any, context: Any = None, *, outputs: bool = False) -> ScheduleResult:
-        """Run all microbatches of a batch through the pipeline; forward only where no gradients are recorded.
+        """Run all microbatches of a batch through the pipeline; forward only except in ``training_step``.
 
         Args:
             batch: This rank's batch, the same on all ranks of the pipeline.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.pipeline.engine import StepTotals
 from lightning_moe.pipeline.spec import ScheduleResult
+from lightning_moe.pipeline.transport import as_bytes
 
 
 class TotalsReduction:
@@ -88,7 +90,8 @@ def share_outputs(outputs: list[Any], mesh: ParallelMesh, source: int) -> list[A
     """Bring predictions to all ranks of a pipeline; a collective call.
 
     Args:
-        outputs: What each microbatch has given, on the rank of the last stage; tensors in any nesting.
+        outputs: What each microbatch has given, on the rank of the last stage; tensors in any nesting, other values
+            being pickled.
         mesh: The parallel mesh.
         source: That rank's position in the pipeline.
     """
@@ -96,27 +99,35 @@ def share_outputs(outputs: list[Any], mesh: ParallelMesh, source: int) -> list[A
     if group is None:
         return outputs
     root = mesh.ranks(Axis.PIPELINE)[source]
-    leaves, structure = tree_flatten(outputs)
-    sends = mesh.global_rank == root
-    described = [
-        (tuple(leaf.shape), leaf.dtype, leaf.device.type) if isinstance(leaf, Tensor) else leaf for leaf in leaves
-    ]
-    box: list[Any] = [(structure, described, [isinstance(leaf, Tensor) for leaf in leaves]) if sends else None]
+    box: list[Any] = [tree_map_only(Tensor, _Missing.of, outputs) if mesh.global_rank == root else None]
     dist.broadcast_object_list(box, root, group=group)
-    structure, described, are_tensors = box[0]
-    received = []
+    own = iter([leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)])
     device = _device_of(group)
-    for i, (entry, is_tensor) in enumerate(zip(described, are_tensors, strict=True)):
-        if not is_tensor:
-            received.append(entry)
-            continue
-        shape, dtype, kind = entry
-        tensor = leaves[i].to(device).contiguous() if sends else torch.empty(shape, dtype=dtype, device=device)
-        # As bytes: no backend carries every dtype.
-        dist.broadcast(tensor.reshape(-1).view(torch.uint8), root, group=group)
-        received.append(tensor.to(kind) if tensor.device.type != kind else tensor)
-    shared: list[Any] = tree_unflatten(received, structure)
+
+    def share(missing: _Missing) -> Tensor:
+        if mesh.global_rank == root:
+            tensor = next(own).to(device).contiguous()
+        else:
+            tensor = torch.empty(missing.shape, dtype=missing.dtype, device=device)
+        if tensor.numel():
+            dist.broadcast(as_bytes(tensor), root, group=group)
+        return tensor.to(missing.device) if tensor.device.type != missing.device else tensor
+
+    shared: list[Any] = tree_map_only(_Missing, share, box[0])
     return shared
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """In the place of a tensor that other ranks do not have yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Missing:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device.type)
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

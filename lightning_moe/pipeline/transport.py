@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moe.errors import ConfigError
 from lightning_moe.pipeline.placement import Placement
 
 
@@ -84,7 +85,11 @@ class Transport(Protocol):
         ...
 
     def send_specs(self, edge: Edge, specs: Sequence[TensorSpec]) -> None:
-        """Tell the receiver what the next tensors are."""
+        """Tell the receiver what the next tensors are.
+
+        Raises:
+            ConfigError: There are too many, or they have too many dims or an unknown dtype.
+        """
         ...
 
     def receive_specs(self, edge: Edge) -> list[TensorSpec]:
@@ -187,12 +192,17 @@ class P2PTransport(HeaderTransport):
     def send(self, edge: Edge, tensors: Sequence[Tensor]) -> None:
         """Begin to send tensors; see :class:`Transport`."""
         for tensor in tensors:
-            self._send(tensor.detach().contiguous(), self._peers[edge], self._groups[edge])
+            if tensor.numel():
+                self._send(as_bytes(tensor), self._peers[edge], self._groups[edge])
 
     def receive(self, edge: Edge, specs: Sequence[TensorSpec]) -> Arrival:
         """Begin to receive; see :class:`Transport`."""
         tensors = [spec.empty(self._device) for spec in specs]
-        works = [dist.irecv(tensor, self._peers[edge], group=self._groups[edge]) for tensor in tensors]
+        works = [
+            dist.irecv(as_bytes(tensor), self._peers[edge], group=self._groups[edge])
+            for tensor in tensors
+            if tensor.numel()
+        ]
         return _Receives(tensors, [work for work in works if work is not None])
 
     def _warm_up(self, own: int) -> None:
@@ -211,6 +221,14 @@ def edges_of(placement: Placement) -> list[Edge]:
     """All edges of a pipeline, in the order in which every rank connects them."""
     boundaries = range(placement.num_stages - 1)
     return [edge for each in boundaries for edge in (Edge(each, "activation"), Edge(each, "gradient"))]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The elements of a tensor, without its history, as backends carry them: none of them knows every dtype.
+
+    Shares memory with contiguous tensors.
+    """
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 _MOST_TENSORS, _MOST_DIMS = 16, 8
@@ -236,10 +254,14 @@ def _tag(edge: Edge) -> int:
 
 
 def _encode(specs: Sequence[TensorSpec]) -> Tensor:
-    assert len(specs) <= _MOST_TENSORS, f"a stage hands on at most {_MOST_TENSORS} tensors, not {len(specs)}"
+    if len(specs) > _MOST_TENSORS:
+        raise ConfigError("PartOutput.carry", f"{len(specs)} tensors", f"at most {_MOST_TENSORS}", "stack some of them")
     numbers = [len(specs)]
     for spec in specs:
-        assert len(spec.shape) <= _MOST_DIMS, f"tensors between stages have at most {_MOST_DIMS} dims"
+        if len(spec.shape) > _MOST_DIMS:
+            raise ConfigError("PartOutput.carry", f"a tensor of {len(spec.shape)} dims", f"at most {_MOST_DIMS} dims")
+        if spec.dtype not in _DTYPES:
+            raise ConfigError("PartOutput.carry", spec.dtype, ", ".join(map(str, _DTYPES)))
         dims = [*spec.shape, *[0] * (_MOST_DIMS - len(spec.shape))]
         numbers += [_DTYPES.index(spec.dtype), int(spec.requires_grad), len(spec.shape), *dims]
     return torch.tensor(numbers + [0] * (_HEADER - len(numbers)), dtype=torch.int64)

@@ -47,6 +47,8 @@ def check_schedule(schedule: Schedule, *, in_flight: int | None = None) -> None:
     Raises:
         ScheduleError: The message prints the actions of all ranks, and marks those that fail.
     """
+    if schedule.microbatches < 1:
+        _fail(schedule, f"there are {schedule.microbatches} microbatches", [])
     if len(schedule.ranks) != schedule.placement.ranks:
         _fail(schedule, f"there are actions for {len(schedule.ranks)} ranks of {schedule.placement.ranks}", [])
     for rank in range(schedule.placement.ranks):
@@ -98,11 +100,16 @@ def _check_complete(schedule: Schedule, rank: int) -> None:
     chunks = schedule.placement.chunks
     position: dict[Action, int] = {}
     for step, action in enumerate(schedule.ranks[rank]):
+        if not isinstance(action, Action):
+            _fail(schedule, f"rank {rank}, step {step}: {action!r} is no Action", [(rank, step)])
         kind, microbatch, chunk = action.kind, action.microbatch, action.chunk
 
         def refuse(problem: str, step: int = step, action: Action = action) -> NoReturn:
             _fail(schedule, f"rank {rank}, step {step}: {action} {problem}", [(rank, step)])
 
+        # "F" equals Kind.F, and 1.0 equals 1, but neither can stand in for it everywhere.
+        if not (isinstance(kind, Kind) and type(microbatch) is int and type(chunk) is int):
+            refuse(f"is made of {kind!r}, {microbatch!r} and {chunk!r}, not of a Kind and two integers")
         if not 0 <= chunk < chunks:
             refuse(f"is of chunk {chunk}, but the rank has {chunks} (from 0)")
         if not 0 <= microbatch < schedule.microbatches:

@@ -1,17 +1,10 @@
-"""Models whose blocks are spread over pipeline stages, in the strategy.
-
-[Note: a schedule is one autograd node]
-Lightning calls ``training_step``, then ``zero_grad``, then ``loss.backward()``. The schedule has to run in the first of
-them, since the loss is known at its end only; gradients that it left in the parameters would be erased by the second.
-So they stay in the buckets, and the loss that is returned is the output of one autograd node, whose backward hands them
-out. Hooks, accumulation, clipping and loss scaling see what they see without a pipeline. The gradient that Lightning
-will send to that node (the loss scale over the number of accumulated batches) is known beforehand, and the schedule
-starts its backward passes with it.
-"""
+"""Models whose blocks are spread over pipeline stages, in the strategy."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +19,6 @@ from typing_extensions import override
 from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.parallel.gradients import GradientReducer
-from lightning_moe.parallel.host_read import HostRead
 from lightning_moe.parallel.layout import Axis, rank_lists
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.pipeline.copy_transport import CopyTransport, can_map_peers
@@ -41,6 +33,7 @@ from lightning_moe.pipeline.splitting import Split, pad_with_idle, split_batch
 from lightning_moe.pipeline.totals import TotalsReduction, share_outputs
 from lightning_moe.pipeline.transport import P2PTransport, Transport
 from lightning_moe.strategy.checkpointed import CheckpointedStrategy
+from lightning_moe.strategy.schedule_loss import ScaleCheck, loss_that_delivers
 from lightning_moe.weight_grad.queue import WeightGradQueue
 
 _MARK = "_lightning_moe_pipeline"
@@ -81,7 +74,7 @@ class PipelinedStrategy(CheckpointedStrategy):
         self._connected: tuple[ParallelMesh, Placement] | None = None
         self._totals: dict[tuple[bool, bool], TotalsReduction] = {}
         self._has_run = False
-        self._scale_check = _ScaleCheck()
+        self._scale_check = ScaleCheck()
         if self.is_pipelined:
             self._plan()
 
@@ -109,7 +102,7 @@ class PipelinedStrategy(CheckpointedStrategy):
         return model
 
     def run_schedule(self, batch: Any, context: Any = None, *, outputs: bool = False) -> ScheduleResult:
-        """Run all microbatches of a batch through the pipeline; forward only where no gradients are recorded.
+        """Run all microbatches of a batch through the pipeline; forward only except in ``training_step``.
 
         A collective call of the ranks of a pipeline, all of which must bring the same batch.
 
@@ -123,18 +116,21 @@ class PipelinedStrategy(CheckpointedStrategy):
             return the loss as it is, or what it calculates from it with a derivative of one.
 
         Raises:
-            ConfigError: The batch cannot be cut, or the schedule has run for this ``training_step`` already.
+            ConfigError: The batch cannot be cut, the schedule has run for this ``training_step`` already, or the module
+                optimizes by hand.
         """
         model, built = self._pipelined_model()
         assert self.lightning_module is not None
         predicting = self.lightning_module.trainer.state.fn == TrainerFn.PREDICTING
         wanted = self._settings.microbatches(self.parallel.pipeline)
         microbatches = split_batch(batch, wanted, built.split, context, predicting=predicting)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.lightning_module.trainer.training:
             return self._train(model, microbatches)
         # Always the same number: ranks that share experts may have batches of different sizes.
+        wanted = max(wanted, len(microbatches))
         actions = self._schedule(wanted).ranks[self.mesh.rank(Axis.PIPELINE)]
-        totals = self._engine(model).forward_step(actions, pad_with_idle(microbatches, wanted))
+        with self._transport_lost_by_errors():
+            totals = self._engine(model).forward_step(actions, pad_with_idle(microbatches, wanted))
         result = self._reduce(totals, training=False)
         if outputs:
             result.outputs.extend(share_outputs(totals.outputs, self.mesh, self._last_rank))
@@ -154,30 +150,60 @@ class PipelinedStrategy(CheckpointedStrategy):
         reducer = self._reducer
         assert reducer is not None, "Lightning sets the strategy up first"
         accumulated = trainer.accumulate_grad_batches
-        loss_grad = torch.ones((), device=self.root_device) / accumulated
+        if not self.lightning_module.automatic_optimization:
+            raise ConfigError(
+                "automatic_optimization",
+                False,
+                "True with a pipeline",
+                "gradients start over where Lightning's loop zeroes them",
+            )
+        loss_grad = torch.ones((), dtype=torch.float64, device=self.root_device) / accumulated
         plugin = self.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             loss_grad = plugin.scaler.scale(loss_grad)
         actions = self._schedule(len(microbatches)).ranks[self.mesh.rank(Axis.PIPELINE)]
-        # Lightning zeroes gradients after training_step; see the note at the head of this file.
+        # Lightning zeroes gradients after training_step; see the note in schedule_loss.py.
         reducer.begin_schedule(fresh=trainer.fit_loop.epoch_loop.batch_idx % accumulated == 0)
-        totals = self._engine(model).train_step(actions, microbatches, loss_grad, reducer)
+        with self._transport_lost_by_errors():
+            totals = self._engine(model).train_step(actions, microbatches, loss_grad, reducer)
         reducer.end_schedule()
         result = self._reduce(totals, training=True)
-        anchor = torch.zeros((), device=self.root_device, requires_grad=True)
-        loss: Tensor = _ScheduleNode.apply(  # type: ignore[no-untyped-call]
-            anchor, result.loss, partial(self._deliver, reducer, loss_grad)
-        )
+        loss = loss_that_delivers(result.loss, partial(self._deliver, reducer, loss_grad))
         return ScheduleResult(loss, result.metrics)
 
     def _deliver(self, reducer: GradientReducer, expected: Tensor, grad: Tensor) -> None:
+        if not reducer.holds_schedule:
+            raise ConfigError(
+                "run_schedule",
+                "a second backward pass through its loss",
+                "one",
+                "the schedule has computed the gradients once, and they have been handed out",
+            )
         self._scale_check.take(grad, expected)
         torch.autograd.Variable._execution_engine.queue_callback(reducer.finish)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._has_run = False
-        return super().training_step(*args, **kwargs)
+        output = super().training_step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if self._has_run and loss is None:
+            raise ConfigError(
+                "training_step",
+                None,
+                "the loss that run_schedule returns",
+                "its gradients are computed already; what is to be skipped must be skipped before run_schedule",
+            )
+        return output
+
+    @contextmanager
+    def _transport_lost_by_errors(self) -> Iterator[None]:
+        """What was under way when a step ended in an exception would be taken for tensors of the next fit."""
+        try:
+            yield
+        except BaseException:
+            self._connected = None
+            raise
 
     # ---- parts
 
@@ -264,25 +290,38 @@ class PipelinedStrategy(CheckpointedStrategy):
     # ---- life
 
     def _set_up_pipeline(self) -> None:
-        """Connect the stages of the model, once it is built; a collective call."""
+        """Check what stages of the model there are, once it is built, and connect them; a collective call."""
+        self._check_parts()
+        if not self.is_pipelined:
+            return
         megabytes = self._settings.weight_grad_megabytes
         self._queue = WeightGradQueue(None if megabytes is None else int(megabytes * 2**20))
-        self._totals, self._scale_check = {}, _ScaleCheck()
+        self._totals, self._scale_check = {}, ScaleCheck()
         if self.mesh.size(Axis.PIPELINE) == 1:
             return
-        _, built = self._pipelined_model()
-        if built.placement != self._planned.placement:  # it was built by the strategy of another Trainer
-            self._plan(built.num_blocks)
+        self._pipelined_model()
         placement = self._planned.placement
-        if built.placement != placement:
-            raise ConfigError(
-                "configure_model",
-                f"a module with stages for {built.placement}",
-                f"one for {placement}",
-                "build a new module for another pipeline, and load the weights from a checkpoint",
-            )
-        if self._connected != (self.mesh, placement):
+        # Where a step has failed on one rank, all connect anew.
+        if not self._all(self._connected == (self.mesh, placement)):
             self._transport, self._connected = self._connect(), (self.mesh, placement)
+
+    def _check_parts(self) -> None:
+        """Refuse a model that the strategy of another Trainer has cut in another way: its ranks hold other parts."""
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            built: _Built | None = module.__dict__.get(_MARK)
+            if built is None or (built.placement.ranks == 1 and not self.is_pipelined):
+                continue
+            if self.is_pipelined and built.placement != self._planned.placement:
+                self._plan(built.num_blocks)
+            placement = self._planned.placement if self.is_pipelined else None
+            if built.placement != placement:
+                raise ConfigError(
+                    "configure_model",
+                    f"a module with stages for {built.placement}",
+                    "a whole module" if placement is None else f"one for {placement}",
+                    "build a new module for another pipeline, and load the weights from a checkpoint",
+                )
 
     def _connect(self) -> Transport:
         placement, device = self._planned.placement, self.root_device
@@ -318,54 +357,9 @@ class PipelinedStrategy(CheckpointedStrategy):
         return {
             **super().__getstate__(),
             "_transport": None,
+            "_connected": None,
             "_queue": None,
             "_totals": {},
             "_reducer": None,
-            "_scale_check": _ScaleCheck(),
+            "_scale_check": ScaleCheck(),
         }
-
-
-class _ScheduleNode(torch.autograd.Function):
-    """Gives a loss a backward that hands out the gradients which the schedule has computed."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, loss: Tensor, deliver: Any) -> Tensor:
-        ctx.deliver = deliver
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        ctx.deliver(grad)
-        return None, None, None
-
-
-class _ScaleCheck:
-    """Checks that the gradient which reaches the schedule's loss is the one that its backward passes began with.
-
-    Reading it makes the host wait for the device, so only the first step waits; later ones are checked a step late.
-    """
-
-    def __init__(self) -> None:
-        self._under_way: HostRead | None = None
-        self._first = True
-
-    def take(self, grad: Tensor, expected: Tensor) -> None:
-        """Compare; raise now if that costs nothing or nothing has been compared yet."""
-        ratio = (grad / expected).reshape(1)
-        self._under_way = HostRead(ratio)
-        if self._first or grad.device.type == "cpu":
-            self._first = False
-            self.read()
-
-    def read(self) -> None:
-        """Wait for what is under way, and raise if it is wrong."""
-        if self._under_way is None:
-            return
-        (ratio,), self._under_way = self._under_way.wait(), None
-        if abs(ratio - 1.0) > 1e-5:
-            raise ConfigError(
-                "training_step",
-                f"a loss that is {ratio:g} times that of run_schedule",
-                "the loss that run_schedule returns",
-                "weigh losses in the pipeline's parts: the schedule has already computed the gradients",
-            )

@@ -153,8 +153,7 @@ class MoEStrategy(PipelinedStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        if self.is_pipelined:
-            self._set_up_pipeline()
+        self._set_up_pipeline()
         layers = self._moe_layers()
         for layer in layers:
             layer.shard_(self.mesh)

@@ -150,7 +150,7 @@ class WeightGradQueue:
 
     def pop_all(self) -> None:
         """Compute everything that is sealed, one group after the other."""
-        for key in list(self._groups):
+        for key in [key for key, group in self._groups.items() if group is not self._open]:
             self.pop(*key)
 
     def run_tail(self, keys: Sequence[tuple[int, int]]) -> None:

@@ -270,9 +270,9 @@ MALFORMED = {
     ),
     "more stages than blocks": Bad(
         "        expert: 2",
-        "        pipeline: 2 #!\n      pipeline:\n        schedule: interleaved-1f1b\n        chunks: 3",
-        f"{STRATEGY}.parallel.pipeline",
-        "at most 1, for 2 blocks on 3 chunks a rank",
+        "        pipeline: 2\n      pipeline:\n        schedule: interleaved-1f1b\n        chunks: 3 #!",
+        f"{STRATEGY}.pipeline.chunks",
+        "at most 2, for 2 blocks on 2 ranks",
         "every stage holds something",
     ),
     "unknown schedule": Bad(

@@ -59,6 +59,14 @@ def test_pipelines_of_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 > 4, 1 > 5" in text
 
 
+def test_schedules_that_the_model_has_too_few_blocks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are named below the table, with the reason."""
+    text, plan = planned(capsys, PIPELINE, "--model.config.num_layers", "2")
+    assert "   zb-v: not here, pipeline stages 4 (allowed: at most 3, for 2 blocks and head)" in text.splitlines()
+    assert "at most 3" in plan["schedules"]["zb-v"]["error"]
+    assert plan["schedules"]["zb-h2"]["chunks"] == 1
+
+
 def test_depths_by_hand_and_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     depths = ["--trainer.strategy.pipeline.blocks_per_stage", "[1, 3]"]
     text, plan = planned(capsys, PIPELINE, *depths, "--data.batch_size", "12")
@@ -67,6 +75,42 @@ def test_depths_by_hand_and_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     _, plan = planned(capsys, PIPELINE, "--trainer.strategy.pipeline.schedule", "interleaved-1f1b")
     assert [(stage["pipeline_rank"], stage["chunk"]) for stage in plan["stages"]] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert [stage["blocks"] for stage in plan["stages"]] == [[0], [1], [2], [3]]
+
+
+def test_auto_takes_no_more_stages_than_there_are_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the model's number of blocks the check would refuse the four chunks that auto likes best."""
+    schedule = ["--trainer.strategy.init_args.pipeline.schedule=auto"]
+    _, plan = planned(capsys, PIPELINE, *schedule)
+    assert plan["schedules"][plan["schedule"]]["chunks"] == 2
+    _, plan = planned(capsys, PIPELINE, *schedule, "--trainer.strategy.pipeline.blocks_per_stage", "[3, 1]")
+    assert [stage["blocks"] for stage in plan["stages"]] == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("costs", "[1, 1, .nan]", "three positive times"),
+        ("costs", "[1, 1, .inf]", "three positive times"),
+        ("communication", ".inf", "a time in the units of costs"),
+        ("block_costs", "[1, 1, 1, 0]", "a positive number for each block"),
+        ("block_costs", "[1, 1, 1, .nan]", "a positive number for each block"),
+        ("block_costs", "[]", "a positive number for each block"),
+        ("blocks_per_stage", "[2, 1, 1]", "2 numbers, one for each stage. Hint: pipeline.chunks"),
+    ],
+)
+def test_wrong_settings_of_a_pipeline(
+    setting: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = refused(capsys, PIPELINE, f"--trainer.strategy.pipeline.{setting}", value)
+    assert f"init_args.pipeline.{setting}: [" in printed or f"init_args.pipeline.{setting}: inf" in printed
+    assert message in printed
+
+
+def test_more_chunks_than_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the chunks that are too many, not the ranks."""
+    schedule = ["--trainer.strategy.pipeline.schedule", "interleaved-1f1b"]
+    printed = refused(capsys, PIPELINE, *schedule, "--trainer.strategy.pipeline.chunks", "3")
+    assert "init_args.pipeline.chunks: 3 is not allowed; allowed: at most 2, for 4 blocks on 2 ranks" in printed
 
 
 def test_a_recipe_without_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +163,8 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], ["no recipe given", "usage: lightning-moe plan"]),
         ([PIPELINE, "--htm", "x"], ["unknown option: --htm"]),
-        ([PIPELINE, "--html"], ["unknown option: --html"]),
+        ([PIPELINE, "--html"], ["--html needs the name of a file"]),
+        ([PIPELINE, "--html=a", "--trace=a"], ["two files are needed"]),
         ([PIPELINE, "--trainer.strategy.pipeline.schedule", "zbh1"], ["pipeline.schedule: 'zbh1'", "zb-h1"]),
         ([PIPELINE, "--trainer.accelerator", "gpu", "--trainer.devices", "auto"], ["trainer.devices: 'auto'"]),
         (

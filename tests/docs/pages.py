@@ -21,7 +21,8 @@ _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)(?P<rest>[^`]*)$")
 _DIRECTIVE = re.compile(r"^<!-- test: (?P<what>[\w=]+) -->$")
 _TITLE = re.compile(r'title="(?P<title>[^"]+)"')
 _LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
-_REFERENCE = re.compile(r"\[(?:[^\[\]]|`[^`]*`)+\]\[(?P<name>[\w.]+)\]")
+# No character matches in two ways: else an open bracket takes time exponential in the code spans after it.
+_REFERENCE = re.compile(r"\[(?:[^\[\]`]|`[^`]*`)+\]\[(?P<name>[\w.]+)\]")
 _RENDERED = re.compile(r"^::: (?P<name>[\w.]+)\n(?P<settings>(?:(?: {4}.*)?\n)*)", re.MULTILINE)
 
 

@@ -60,8 +60,8 @@ def test_sessions_print_what_they_show(page: Path) -> None:
 
 @pytest.mark.slow
 def test_the_readmes_example_is_a_script(tmp_path: Path) -> None:
-    """Saved as a file and started by itself, so that it launches its second rank as a user's would."""
-    (block,) = blocks_of(ROOT / "README.md", "python")
+    """The first one saved as a file and started by itself, so that it launches its second rank as a user's would."""
+    block, *_ = blocks_of(ROOT / "README.md", "python")
     script = tmp_path / "train.py"
     script.write_text(block.text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

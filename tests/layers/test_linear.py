@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_moe.layers import ColumnParallelLinear, RowParallelLinear, TokenLayout
+from lightning_moe.layers import ColumnParallelLinear, Linear, RowParallelLinear, TokenLayout
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import local_part, shard_specs
 from lightning_moe.weight_grad import WeightGrad, attach_sink
@@ -303,3 +303,19 @@ def test_compiled_equals_eager(ranks: RankPool, world_size: int, layout: TokenLa
     for eager, other in ranks.run(world_size, partial(compiled, layout)):
         for value, expected in zip(other, eager, strict=True):
             assert_close(value, expected, 1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_a_drop_in_for_torchs(bias: bool) -> None:
+    torch.manual_seed(0)
+    peer = torch.nn.Linear(6, 5, bias=bias, dtype=torch.float64)
+    torch.manual_seed(0)
+    ours = Linear(6, 5, bias=bias, dtype=torch.float64)
+    ours.load_state_dict(peer.state_dict())
+    assert torch.equal(ours.weight, peer.weight)
+    input = torch.randn(3, 4, 6, dtype=torch.float64)
+    for module in (ours, peer):
+        module(input).square().sum().backward()
+    torch.testing.assert_close(ours(input), peer(input), rtol=1e-14, atol=1e-14)
+    for parameter, expected in zip(ours.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-13, atol=1e-13)

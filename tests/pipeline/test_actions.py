@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_moe.errors import ConfigError
@@ -12,6 +12,7 @@ from lightning_moe.pipeline.actions import Action, Kind, format_actions, parse_a
 ACTIONS = st.builds(Action, st.sampled_from(Kind), st.integers(0, 200), st.integers(0, 9))
 
 
+@settings(max_examples=25)
 @given(st.lists(st.lists(ACTIONS, max_size=6).map(tuple), min_size=1, max_size=4).map(tuple))
 def test_actions_survive_their_text_form(ranks: tuple[tuple[Action, ...], ...]) -> None:
     assert parse_actions(format_actions(ranks)) == ranks

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_moe.errors import ConfigError
 from lightning_moe.pipeline.placement import Placement, Shape
 
 
@@ -16,6 +19,15 @@ def test_every_stage_has_one_place(ranks: int, chunks: int, shape: Shape) -> Non
     assert sorted(places) == [(rank, chunk) for rank in range(ranks) for chunk in range(chunks)]
     assert [placement.stage(*place) for place in places] == list(range(placement.num_stages))
     assert [chunk for _, chunk in places] == sorted(chunk for _, chunk in places)  # in the order of visits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [((0,), "ranks"), ((2.0,), "ranks"), ((2, 0), "chunks"), ((2, 2, "zigzag"), "shape")],
+)
+def test_placements_that_there_are_not(arguments: tuple[Any, ...], field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"placement\.{field}: "):
+        Placement(*arguments)
 
 
 @pytest.mark.parametrize(

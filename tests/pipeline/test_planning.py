@@ -35,6 +35,14 @@ def test_depths_by_hand_win() -> None:
         parts_of(PipelineConfig(blocks_per_stage=(1, 3)), 3, 4)
 
 
+def test_auto_makes_the_stages_whose_depths_are_given() -> None:
+    """Left alone it would choose more chunks than the depths are for."""
+    assert schedule_of(PipelineConfig(schedule="auto"), 2, 8).placement.chunks > 1
+    for depths in ((4, 4), (2, 2, 2, 2)):
+        schedule = schedule_of(PipelineConfig(schedule="auto", blocks_per_stage=depths), 2, 8)
+        assert schedule.placement.num_stages == len(depths)
+
+
 def test_factors_are_relative_to_the_average_stage() -> None:
     parts = parts_of(PipelineConfig(blocks_per_stage=(2, 1)), 2, 3)
     assert stage_factors(parts) == pytest.approx((4 / 3, 2 / 3), rel=1e-12)

@@ -83,6 +83,10 @@ def test_sizes_that_cannot_be() -> None:
         make_schedule("1f1b", 0, 4)
     with pytest.raises(ConfigError, match=r"pipeline.num_microbatches: 0"):
         make_schedule("1f1b", 4, 0)
+    with pytest.raises(ConfigError, match=r"pipeline.max_lag: -1"):
+        make_schedule("zb-h1", 4, 8, max_lag=-1)
+    with pytest.raises(ConfigError, match=r"pipeline.memory_limit: nan"):
+        make_schedule("zb-h1", 4, 8, memory_limit=float("nan"))
 
 
 def test_a_memory_limit_holds_for_all() -> None:

@@ -154,7 +154,7 @@ def longest_lag(actions: tuple[Action, ...]) -> int:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000)
+@settings(max_examples=1300)
 @given(st.sampled_from(BY_RULE), RANKS, MICROBATCHES, st.integers(2, 5), st.none() | st.integers(0, 4))
 def test_schedules_by_rule_are_valid(
     name: str, ranks: int, microbatches: int, chunks: int, max_lag: int | None
@@ -182,6 +182,7 @@ def test_zb_h1_is_never_slower_than_1f1b(ranks: int, microbatches: int, price: C
     assert zb_h1 <= makespan("1f1b", ranks, microbatches, price) + 1e-9
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(RANKS, st.integers(0, 16), costs(communication=False))
 def test_zb_h1_bubble(ranks: int, more: int, price: Costs) -> None:
@@ -193,6 +194,7 @@ def test_zb_h1_bubble(ranks: int, more: int, price: Costs) -> None:
     assert makespan("zb-h1", ranks, microbatches, price) == pytest.approx(work + bubble, rel=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(RANKS, MICROBATCHES, costs(communication=False))
 def test_1f1b_bubble(ranks: int, microbatches: int, price: Costs) -> None:
@@ -203,6 +205,7 @@ def test_1f1b_bubble(ranks: int, microbatches: int, price: Costs) -> None:
     assert makespan("gpipe", ranks, microbatches, price) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(RANKS, st.integers(0, 16), costs())
 def test_peak_memory(ranks: int, more: int, price: Costs) -> None:
@@ -217,7 +220,7 @@ def test_peak_memory(ranks: int, more: int, price: Costs) -> None:
     assert list(peak_memory(make_schedule("zb-h2", ranks, many), price)) == in_zb_h2
 
 
-@settings(max_examples=100)
+@settings(max_examples=25)
 @given(RANKS, MICROBATCHES)
 def test_without_lag_zb_h1_is_1f1b(ranks: int, microbatches: int) -> None:
     assert (
@@ -236,7 +239,7 @@ def test_interleaving_divides_the_bubble(ranks: int, microbatches: int) -> None:
         assert zb_h1 == pytest.approx(work + (ranks - 1) * 1.25 / chunks, rel=1e-12)
 
 
-@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (4, 8), (4, 16), (6, 12)])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (4, 8), (6, 12)])
 def test_schedules_on_a_v_keep_what_their_papers_promise(ranks: int, microbatches: int) -> None:
     """Memory always; the bubble, at equal times, but for one pass, which must give way where two would meet."""
     bubble_of_1f1b = 3 * (ranks - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +103,22 @@ def test_times_by_hand() -> None:
 def test_chunks_of_one_rank_hand_on_without_delay() -> None:
     schedule = make_schedule("zb-v", 1, 3)
     assert simulate(schedule, Costs(communication=5.0)).bubble == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"forward": 0.0}, "forward"),
+        ({"weight": float("nan")}, "weight"),
+        ({"communication": float("inf")}, "communication"),
+        ({"activation": -1.0}, "activation"),
+        ({"stage_factors": (0.0, 0.0)}, "stage_factors"),
+        ({"stage_factors": (1.0, -1.0)}, "stage_factors"),
+    ],
+)
+def test_costs_that_there_are_not(wrong: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"costs\.{field}: "):
+        Costs(**wrong)
 
 
 def test_factors_of_other_stages_are_refused() -> None:

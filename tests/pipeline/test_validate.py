@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_moe.errors import ConfigError
-from lightning_moe.pipeline.actions import parse_actions
+from lightning_moe.pipeline.actions import Action, Actions, Kind, parse_actions
 from lightning_moe.pipeline.placement import Placement
 from lightning_moe.pipeline.registry import make_schedule
 from lightning_moe.pipeline.schedule import Schedule
@@ -84,7 +84,7 @@ def test_a_chunk_whose_input_comes_from_a_later_action_of_its_own_rank() -> None
 
 
 def test_sends_are_bounded() -> None:
-    """Rank 0 runs three microbatches ahead ahead on chunk 0, and rank 1 cannot hand them back one by one."""
+    """Rank 0 runs three microbatches ahead on chunk 0, and rank 1 cannot hand them back one by one."""
     ranks = ["F0 F1 F2 F0.1 BW0.1 F1.1 BW1.1 F2.1 BW2.1 BW0 BW1 BW2"] * 2
     schedule = written(*ranks, microbatches=3, chunks=2)
     check_schedule(schedule, in_flight=3)
@@ -115,6 +115,26 @@ def test_every_swap_of_two_microbatches_is_noticed() -> None:
             ranks = list(schedule.ranks)
             ranks[rank] = tuple(swapped)
             assert not runs(replace(schedule, ranks=tuple(ranks)))
+
+
+@pytest.mark.parametrize(
+    ("actions", "problem"),
+    [
+        ((Action("F", 0), Action(Kind.BW, 0)), "F0 is made of 'F', 0 and 0, not of a Kind"),  # type: ignore[arg-type]
+        ((Action(Kind.F, 0.0), Action(Kind.BW, 0)), "F0.0 is made of <Kind.F"),  # type: ignore[arg-type]
+        ((Action(Kind.F, False), Action(Kind.BW, 0)), "FFalse is made of <Kind.F"),
+        ((("F", 0, 0),), "('F', 0, 0) is no Action"),
+    ],
+)
+def test_what_only_looks_like_an_action(actions: Actions, problem: str) -> None:
+    """``"F" == Kind.F`` and ``0.0 == 0``: they would pass every other check, and fail in the engine."""
+    with pytest.raises(ScheduleError, match=re.escape(f"rank 0, step 0: {problem}")):
+        check_schedule(Schedule("by hand", Placement(1), 1, (actions,)))
+
+
+def test_no_microbatches() -> None:
+    with pytest.raises(ScheduleError, match="there are 0 microbatches"):
+        check_schedule(Schedule("by hand", Placement(1), 0, ((),)))
 
 
 def test_actions_for_other_ranks() -> None:

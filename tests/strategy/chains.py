@@ -161,6 +161,7 @@ def train_chain(
     accumulate: int = 1,
     length: int | None = None,
     keep_grads: bool = True,
+    kind: type[Chain] = Chain,
     **settings: Any,
 ) -> Run:
     """Train on this rank; gradients and weights are those of its own stages (and its own experts)."""
@@ -187,7 +188,7 @@ def train_chain(
             **settings,
         }
     )
-    module = Chain(**(model or {}))
+    module = kind(**(model or {}))
     dtype = torch.float64 if settings.get("precision") == "64-true" else torch.float32
     shard = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
     data = Sequences(length or batch * accumulate * 4, dtype)

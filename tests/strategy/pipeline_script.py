@@ -1,6 +1,6 @@
 """Trains pipelines on GPUs: ``torchrun --nproc_per_node=N -m tests.strategy.pipeline_script OUTPUT``.
 
-With one rank it trains the reference of each case, with more a pipeline over all of them by every schedule.
+With one rank it trains the reference of each case, with more a pipeline over all of them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ import torch.distributed as dist
 from tests.strategy.chains import train_chain
 from tests.strategy.tiny import Run
 
-CASES: dict[str, dict[str, Any]] = {
-    "float32": {"model": {"experts": {}}, "steps": 4},
-    "accumulated": {"model": {"checkpointed": True}, "accumulate": 3, "length": 32, "steps": 4},
-    "ragged": {"batch": 7, "steps": 3},
-    "bf16-mixed": {"precision": "bf16-mixed", "model": {"experts": {}}, "steps": 4},
-    "bf16-true": {"precision": "bf16-true", "model": {"experts": {}}, "steps": 4},
-    "16-mixed": {"precision": "16-mixed", "steps": 4},
-    "64-true": {"precision": "64-true", "gradient_clip_val": 0.05, "steps": 4},
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": ("zb-h1", {"model": {"experts": {}}, "steps": 3}),
+    "accumulated": ("interleaved-1f1b", {"model": {"checkpointed": True}, "accumulate": 3, "length": 32, "steps": 3}),
+    "bf16-mixed": ("zb-v", {"precision": "bf16-mixed", "batch": 7, "model": {"experts": {}}, "steps": 3}),
+    "16-mixed": ("1f1b", {"precision": "16-mixed", "steps": 3}),
+    "64-true": ("zb-h2", {"precision": "64-true", "gradient_clip_val": 0.05, "steps": 3}),
 }
-SCHEDULES = ("1f1b", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-v")
+"""Cases with a schedule for each: connecting the ranks takes seconds, so not every case has every schedule."""
 TRANSPORTS = ("p2p", "copy")
 
 
@@ -50,16 +48,16 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     results: dict[Any, Any] = {}
-    for name, case in CASES.items():
+    for name, (schedule, case) in CASES.items():
         if world_size == 1:
             results[name] = [to_host(train_chain(accelerator="gpu", **case))]
             continue
         for transport in TRANSPORTS:
-            for schedule in SCHEDULES:
-                run = train_chain(world_size, schedule, accelerator="gpu", config={"transport": transport}, **case)
-                everybody: list[Any] = [None] * world_size
-                dist.all_gather_object(everybody, to_host(run))
-                results[name, transport, schedule] = everybody
+            run = train_chain(world_size, schedule, accelerator="gpu", config={"transport": transport}, **case)
+            everybody: list[Any] = [None] * world_size
+            dist.all_gather_object(everybody, to_host(run))
+            results[name, transport, schedule] = everybody
+            print(name, transport, schedule, "trained", file=sys.stderr, flush=True)
     if world_size > 1:
         allocations = Allocations()
         train_chain(world_size, "zb-h1", accelerator="gpu", steps=8, callbacks=[allocations], keep_grads=False)

@@ -42,9 +42,15 @@ def main(argv: Sequence[str]) -> int:
     files = {name: Path(value) for name, value in arguments.settings if name in ("html", "trace")}
     settings = [(name, value) for name, value in arguments.settings if name not in files]
     unknown = options - {"--json"} | {f"--{name}" for name, _ in settings if not is_setting(name)}
+    nameless = unknown & {"--html", "--trace"}
     if not paths or unknown:
         wrong = f"unknown option: {', '.join(sorted(unknown))}" if unknown else "no recipe given"
+        if nameless:
+            wrong = f"{' and '.join(sorted(nameless))} needs the name of a file"
         print(f"{wrong}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    if len(files) > len(set(files.values())):
+        print("--html and --trace: two files are needed, they have the same name", file=sys.stderr)
         return 2
     verdict = check.check(paths, settings)
     if verdict.problems:

@@ -91,7 +91,8 @@ def make_plan(recipe: Any) -> Plan:
     if size is not None:
         facts = _run_facts(recipe, parallel, config, batch_size)
     try:
-        chosen = _planned(parallel, config, size, facts)
+        schedule = schedule_of(config, parallel.pipeline, None if size is None else len(size.blocks))
+        chosen = _planned(schedule, parallel, config, size, facts)
     except ConfigError as problem:
         raise problem.under(STRATEGY) from None
     others: dict[str, PlannedSchedule | ConfigError] = {}
@@ -100,18 +101,22 @@ def make_plan(recipe: Any) -> Plan:
             continue
         other = replace(config, schedule=name, chunks=None, max_lag=None, memory_limit=None)
         try:
-            if len(config.blocks_per_stage or ()) != schedule_of(other, parallel.pipeline).placement.num_stages:
+            schedule = schedule_of(other, parallel.pipeline)
+            if len(config.blocks_per_stage or ()) != schedule.placement.num_stages:
                 other = replace(other, blocks_per_stage=None)  # these depths are of another number of stages
-            others[name] = _planned(parallel, other, size, facts)
+            others[name] = _planned(schedule, parallel, other, size, facts)
         except ConfigError as problem:
             others[name] = problem
     return Plan(parallel, config, batch_size, chosen, others)
 
 
 def _planned(
-    parallel: ParallelConfig, config: PipelineConfig, size: ModelSize | None, facts: RunFacts | None
+    schedule: Schedule,
+    parallel: ParallelConfig,
+    config: PipelineConfig,
+    size: ModelSize | None,
+    facts: RunFacts | None,
 ) -> PlannedSchedule:
-    schedule = schedule_of(config, parallel.pipeline)
     if size is None:
         costs = costs_of(config)
         return PlannedSchedule(schedule, costs, simulate(schedule, costs), None, None, None)

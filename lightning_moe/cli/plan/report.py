@@ -39,7 +39,12 @@ def report_lines(plan: Plan) -> Iterator[str]:
     yield ""
     forward, backward, weight = plan.config.costs
     yield f"schedules at F:B:W = {forward:g}:{backward:g}:{weight:g}, communication {plan.config.communication:g}"
-    yield from table(["", "schedule", "chunks", "bubble", "span bubble", "makespan", "activations"], _schedules(plan))
+    possible = {name: other for name, other in plan.others.items() if isinstance(other, PlannedSchedule)}
+    rows = [_row("*", plan.chosen.schedule.name, plan.chosen), *(_row("", *each) for each in possible.items())]
+    yield from table(["", "schedule", "chunks", "bubble", "span bubble", "makespan", "activations"], rows)
+    for name, other in plan.others.items():
+        if isinstance(other, ConfigError):
+            yield f"   {name}: not here, {other.field} {other.value} (allowed: {other.allowed})"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -154,16 +159,6 @@ def _holds(part: ModelPart) -> str:
         first, last = part.blocks[0], part.blocks[-1]
         blocks = f"block {first}" if first == last else f"blocks {first}-{last}"
     return ", ".join(filter(None, ["embedding" * part.first, blocks, "head" * part.last]))
-
-
-def _schedules(plan: Plan) -> list[list[str]]:
-    rows = [_row("*", plan.chosen.schedule.name, plan.chosen)]
-    for name, other in plan.others.items():
-        if isinstance(other, ConfigError):
-            rows.append(["", name, "", f"not here: {other.field} {other.value} ({other.allowed})", "", "", ""])
-        else:
-            rows.append(_row("", name, other))
-    return rows
 
 
 def _row(mark: str, name: str, planned: PlannedSchedule) -> list[str]:

@@ -16,7 +16,9 @@ from typing_extensions import override
 from lightning_moe.cli.report.summary import RunFacts, RunSummary, expert_shares
 from lightning_moe.errors import ConfigError
 from lightning_moe.metrics import ExpertLoad
+from lightning_moe.models.ranks import mesh_of
 from lightning_moe.parallel.sharding import sharded_parameters, whole_shape
+from lightning_moe.parallel.stages import gather_stages
 
 Model = TypeVar("Model", bound=pl.LightningModule)
 Data = TypeVar("Data", bound=pl.LightningDataModule)
@@ -86,13 +88,14 @@ class Report(Callback, ABC, Generic[Model, Data, Gathered]):
         load = getattr(pl_module, "expert_load", None)
         tokens = load.compute() if isinstance(load, ExpertLoad) else None
         gathered = self.gather(trainer, model, data)
+        parameters = count_parameters(pl_module)
         folder = Path(trainer.log_dir or trainer.default_root_dir).resolve()
         if not trainer.is_global_zero:
             return
         facts = RunFacts(
             command=self._command,
             expert_load=None if tokens is None else expert_shares(tokens),
-            parameters=count_parameters(pl_module),
+            parameters=parameters,
             world_size=trainer.world_size,
             seconds=seconds,
             checkpoint=None if self._checkpoint is None else str(Path(self._checkpoint).resolve()),
@@ -102,8 +105,12 @@ class Report(Callback, ABC, Generic[Model, Data, Gathered]):
 
 
 def count_parameters(model: pl.LightningModule) -> int:
-    """Number of parameters of the whole model, of which this rank may hold a part."""
-    return sum(prod(whole_shape(parameter, specs)) for _, parameter, specs in sharded_parameters(model))
+    """Number of parameters of the whole model, of which this rank may hold a part; a collective call."""
+    own = {name: prod(whole_shape(parameter, specs)) for name, parameter, specs in sharded_parameters(model)}
+    sizes: dict[str, int] = {}
+    for stage in gather_stages(own, mesh_of(model)):
+        sizes |= stage  # by name: tied weights count once
+    return sum(sizes.values())
 
 
 def not_reportable(field: str, value: object, *wanted: type) -> ConfigError:

@@ -133,11 +133,12 @@ class ChronosMoE(pl.LightningModule, ForecastMixin):
         # A batch without any valid point has a sum of zero; the bound only keeps 0 / 0 away.
         mean_terms = mean_terms.clamp(min=1e-9)
         result = self._run(batch, Training(mean_terms))
-        self.log("train_loss", result.metrics["loss_sum"] / mean_terms, prog_bar=True)
+        self.log("train_loss", (result.metrics["loss_sum"] / mean_terms).float(), prog_bar=True)
         if self.expert_load is not None:
             # Tensors: Lightning reads them when the logger or progress bar does, not every step.
             imbalance = load_imbalance(result.metrics["tokens_per_expert"])
-            self.log_dict({"auxiliary_loss": result.metrics["auxiliary"], "expert_load_imbalance": imbalance})
+            auxiliary = result.metrics["auxiliary"].float()
+            self.log_dict({"auxiliary_loss": auxiliary, "expert_load_imbalance": imbalance})
         return result.loss
 
     def _run(self, batch: Batch, task: Task, *, outputs: bool = False) -> ScheduleResult:

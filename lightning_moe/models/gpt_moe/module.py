@@ -164,7 +164,8 @@ class GPTMoE(pl.LightningModule):
         if self.expert_load is not None:
             # Tensors: Lightning reads them when the logger or progress bar does, not every step.
             imbalance = load_imbalance(result.metrics["tokens_per_expert"])
-            self.log_dict({"auxiliary_loss": result.metrics["auxiliary"], "expert_load_imbalance": imbalance})
+            auxiliary = result.metrics["auxiliary"].float()
+            self.log_dict({"auxiliary_loss": auxiliary, "expert_load_imbalance": imbalance})
         return result.loss
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
