@@ -108,15 +108,16 @@ def _check_groups(optimizers: Sequence[Optimizer], mesh: ParallelMesh | None) ->
     Schedulers and checkpoints know a group by its number: where a stage leaves out a group that would be empty, it
     would take the learning rate, and in a resumed run the state, of another one.
     """
-    settings = [
+    settings: _Groups = [
         (type(optimizer).__name__, [_settings(group) for group in optimizer.param_groups]) for optimizer in optimizers
     ]
     stages = gather_stages(settings, mesh)
     for number, stage in enumerate(stages):
         if stage != stages[0]:
+            here, there = _differing(stage, stages[0])
             raise ConfigError(
                 "configure_optimizers",
-                f"{_describe(stage)} on stage {number} of the pipeline, {_describe(stages[0])} on stage 0",
+                f"{here} on stage {number} of the pipeline, {there} on stage 0",
                 "the same optimizers with the same groups and settings on all stages",
                 "give every stage all groups; a group may be empty: [{'params': decayed}, {'params': []}]",
             )
@@ -131,8 +132,20 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(optimizers: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    return ", ".join(f"{name} of {len(groups)} groups" for name, groups in optimizers) or "no optimizer"
+_Groups = list[tuple[str, list[dict[str, Any]]]]
+"""The name of each optimizer, and the settings of its groups."""
+
+
+def _differing(one: _Groups, other: _Groups) -> tuple[str, str]:
+    """In what two stages differ, in the words of each."""
+    described = [", ".join(f"{name} of {len(groups)} groups" for name, groups in each) for each in (one, other)]
+    if described[0] == described[1]:
+        for (name, groups), (_, others) in zip(one, other, strict=True):
+            for i, (own, its) in enumerate(zip(groups, others, strict=True)):
+                keys = [key for key in own | its if own.get(key) != its.get(key)]
+                if keys:
+                    described = [f"{keys[0]}={each.get(keys[0])} in group {i} of {name}" for each in (own, its)]
+    return described[0] or "no optimizer", described[1] or "no optimizer"
 
 
 def check_shards(module: pl.LightningModule, mesh: ParallelMesh) -> None:

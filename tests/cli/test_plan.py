@@ -132,6 +132,26 @@ def test_the_memory_that_the_mixtral_recipe_promises(capsys: pytest.CaptureFixtu
     assert memory["total"] == pytest.approx(states + memory["activations"] + memory["temporary"], abs=5)
 
 
+def test_memory_of_the_pipeline_recipe_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """Width 64, queries 64, keys 32 wide, 8 experts of 64 of which 2 are visited, 128 tokens, float32."""
+    _, plan = planned(capsys, PIPELINE)
+    block = 2 * 64 * (64 + 32) + 2 * 64 + 8 * 64 + 8 * 3 * 64 * 64  # attention, norms, router, experts
+    matrix, norm = 257 * 64, 64
+    held = 128 * 2 * 4 * (4 * 64 + 2 * 64 + 3 * (64 + 32) + 2 * (2 * 64 + 3 * 64))
+    deferred = 128 * 2 * 4 * (2 * 64 + 2 * (64 + 32) + 2 * (2 * 64 + 3 * 64))
+    head = 4 * matrix + 4 * 128 * 64  # gradients of the projection and of the hidden states
+    expected = [(2 * block + matrix, 2 * held, 0), (2 * block + matrix + norm, held + head + deferred, 128 * 257 * 4)]
+    for memory, (parameters, activations, temporary) in zip(plan["memory"], expected, strict=True):
+        assert memory["weights"] == memory["gradients"] == 4 * parameters
+        assert memory["optimizer"] == 8 * parameters
+        # Rank 0 holds two microbatches; rank 1 one, and the operands of one whose W lags behind.
+        assert (memory["activations"], memory["temporary"]) == (activations, temporary)
+    # The slower rank, at 1.0988 of the average, works without a pause once rank 0's first forward has arrived.
+    slow, fast = plan["stages"][1]["cost"], plan["stages"][0]["cost"]
+    assert plan["schedules"]["zb-h1"]["makespan"] == pytest.approx(fast + 8 * 3 * slow, rel=1e-12)
+    assert plan["schedules"]["zb-h1"]["bubble"] == pytest.approx(fast / (fast + 8 * 3 * slow), rel=1e-9)
+
+
 def test_another_model_is_planned_as_far_as_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -38,6 +38,15 @@ def test_the_simplest_of_equals_is_taken() -> None:
     assert make_schedule("auto", 4, 8, max_lag=0, chunks=1).name == "1f1b"
 
 
+def test_with_memory_to_spare_it_runs_further_ahead() -> None:
+    """ZB-H2 hides communication, but only with its weight gradients deferred."""
+    price = Costs(communication=0.2)
+    best = make_schedule("auto", 4, 8, costs=price, memory_limit=8.0, max_chunks=1)
+    makespans = [simulate(make_schedule("zb-h2", 4, 8, max_lag=lag), price).makespan for lag in (0, None)]
+    assert best.name == "zb-h2"
+    assert simulate(best, price).makespan <= makespans[1] < makespans[0]
+
+
 def test_chunks_are_as_asked_for() -> None:
     assert make_schedule("auto", 4, 8, costs=MEASURED).placement.chunks == 4
     assert make_schedule("auto", 4, 8, costs=MEASURED, max_chunks=3).placement.chunks == 2

@@ -153,6 +153,17 @@ def longest_lag(actions: tuple[Action, ...]) -> int:
     return max(lags)
 
 
+def test_no_schedule_on_a_v_needs_more_tensors_on_the_way_than_there_are_ranks() -> None:
+    """With cheap forwards and much memory, the fastest policies would send 13 of them before one is taken."""
+    check_schedule(make_schedule("zb-v", 2, 13, costs=Costs(0.1, 1, 3, 5, 1, 0.1), memory_limit=50.0))
+
+
+def test_the_longest_lag_is_in_microbatches_of_a_whole_rank() -> None:
+    """With two chunks a rank, one microbatch is two visits."""
+    schedule = make_schedule("zb-h1-interleaved", 4, 8, max_lag=1)
+    assert [longest_lag(actions) for actions in schedule.ranks] == [0, 1, 2, 2]
+
+
 @pytest.mark.slow
 @settings(max_examples=1300)
 @given(st.sampled_from(BY_RULE), RANKS, MICROBATCHES, st.integers(2, 5), st.none() | st.integers(0, 4))

@@ -106,7 +106,7 @@ def test_stages_have_the_same_groups(ranks: RankPool) -> None:
     assert messages == other
     assert messages[0] == ""
     assert "AdamW of 2 groups on stage 1 of the pipeline, AdamW of 1 groups on stage 0" in messages[1]
-    assert "AdamW of 1 groups on stage 1" in messages[2]
+    assert "lr=0.2 in group 0 of AdamW on stage 1 of the pipeline, lr=0.1 in group 0 of AdamW on stage 0" in messages[2]
     assert "AdamW of 1 groups on stage 1 of the pipeline, SGD of 1 groups on stage 0" in messages[3]
     assert "SGD of 1 groups, SGD of 1 groups on stage 0" in messages[4]
     assert "different experts and layers on each" in messages[5]

@@ -25,7 +25,8 @@ def zb_v(ranks: int, microbatches: int, options: ScheduleOptions) -> Schedule:
     """ZB-V (Qi et al. 2023, arXiv:2401.10241, section 6): no more memory than 1F1B, ``ranks`` microbatches.
 
     At equal times the bubble is the last rank's wait for its first microbatch, ``(ranks - 1) TF / 2``; with 4 chunks a
-    rank it is half of that. A ``memory_limit`` replaces the usual one.
+    rank it is half of that on up to 6 ranks, and somewhat more on more of them. A ``memory_limit`` replaces the usual
+    one.
     """
     return _best_on_a_v("zb-v", ranks, microbatches, options, float(ranks))
 
