@@ -39,7 +39,8 @@ class PartOutput(NamedTuple):
     """What one part gives for one microbatch."""
 
     carry: Carry = ()
-    """For the next part; empty from the last one."""
+    """For the next part, at most 16 tensors; from the last one nobody takes it. Must not be changed in place any more,
+    as it may still be on its way."""
     loss: Tensor | None = None
     """A scalar that the part adds to the microbatch's loss: the loss itself from the last part, auxiliary losses from
     any. The step's loss is the sum over parts of the mean over microbatches, weighted by their samples."""
@@ -76,7 +77,8 @@ class PipelineSpec:
         embed_cost: Cost of what comes before the blocks, relative to an average block.
         head_cost: Cost of what comes after them, relative to an average block.
         split: Cuts a batch into the given number of microbatches of (nearly) equal size, in the order of samples; None
-            cuts every tensor (and list) whose length is that of the batch, and gives the rest to all.
+            cuts what has the length of the batch, and gives the rest to all (see
+            :func:`~lightning_moe.pipeline.splitting.split_batch`).
     """
 
     num_blocks: int

@@ -214,16 +214,19 @@ class PipelinedStrategy(CheckpointedStrategy):
     def _schedule(self, microbatches: int) -> Schedule:
         """The schedule for a number of microbatches; a batch may be cut into fewer of them than is wanted."""
         if microbatches not in self._schedules:
-            planned, settings = self._planned, self._settings
-            # By the name and chunks of the planned one: auto might choose another placement for fewer microbatches.
-            self._schedules[microbatches] = make_schedule(
-                planned.name,
-                planned.placement.ranks,
-                microbatches,
-                chunks=planned.placement.chunks,
+            settings, placement = self._settings, self._planned.placement
+            make = partial(
+                make_schedule,
+                ranks=placement.ranks,
+                microbatches=microbatches,
+                chunks=placement.chunks,
                 max_lag=settings.max_lag,
                 costs=costs_of(settings),
             )
+            schedule = make(settings.schedule, memory_limit=settings.memory_limit)
+            if schedule.placement != placement:  # auto has chosen another; the ranks hold the stages of the planned one
+                schedule = make(self._planned.name)
+            self._schedules[microbatches] = schedule
         return self._schedules[microbatches]
 
     def _plan(self, num_blocks: int | None = None) -> None:

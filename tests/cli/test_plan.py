@@ -152,6 +152,14 @@ def test_memory_of_the_pipeline_recipe_by_hand(capsys: pytest.CaptureFixture[str
     assert plan["schedules"]["zb-h1"]["bubble"] == pytest.approx(fast / (fast + 8 * 3 * slow), rel=1e-9)
 
 
+def test_tokens_of_a_microbatch(capsys: pytest.CaptureFixture[str]) -> None:
+    """The logits show them: 257 float32 for each token. The largest microbatch counts; context ranks share tokens."""
+    _, plan = planned(capsys, PIPELINE, "--data.batch_size", "12")
+    assert plan["memory"][1]["temporary"] == 2 * 128 * 257 * 4
+    _, plan = planned(capsys, PIPELINE, "--trainer.devices", "4", "--trainer.strategy.parallel.context", "2")
+    assert plan["memory"][1]["temporary"] == 64 * 257 * 4
+
+
 def test_another_model_is_planned_as_far_as_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -137,6 +137,19 @@ def test_a_gradient_that_is_not_computed_is_noticed() -> None:
         assert not torch.equal(sink.sum, expected[name])
 
 
+def test_popping_everything_leaves_what_is_not_sealed() -> None:
+    net, queue = Net(torch.float32), WeightGradQueue()
+    sinks_of(net, queue)
+    with queue.capture(0):
+        backward(net, 0)
+    with queue.capture(1):
+        backward(net, 1)
+        queue.pop_all()
+        assert queue.num_held == 4
+    queue.pop_all()
+    assert queue.num_held == queue.live_bytes == 0
+
+
 def test_backward_in_another_thread() -> None:
     """As on CUDA, where autograd runs in a thread of its own."""
     expected = immediate(torch.float32)
