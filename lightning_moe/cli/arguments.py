@@ -25,6 +25,16 @@ class Arguments:
     rest: tuple[str, ...]
     """Everything else: positional arguments and options without a value."""
 
+    @property
+    def options(self) -> set[str]:
+        """Options without a value."""
+        return {argument for argument in self.rest if argument.startswith("-")}
+
+    @property
+    def recipes(self) -> list[str]:
+        """Recipes given by ``--config`` and as positional arguments, in order."""
+        return [*self.paths, *(argument for argument in self.rest if not argument.startswith("-"))]
+
 
 def split_arguments(argv: Sequence[str]) -> Arguments:
     """Sort the arguments of a command into recipes, settings and the rest."""

@@ -38,8 +38,7 @@ def check(paths: Sequence[str], settings: Sequence[tuple[str, str]] = ()) -> Ver
 def main(argv: Sequence[str]) -> int:
     """Run the command; ``argv`` is what follows ``check``. Returns the exit code."""
     arguments = split_arguments(argv)
-    options = {argument for argument in arguments.rest if argument.startswith("-")}
-    paths = [*arguments.paths, *(argument for argument in arguments.rest if argument not in options)]
+    options, paths = arguments.options, arguments.recipes
     if options & {"--help", "-h"}:
         print(USAGE, end="")
         return 0

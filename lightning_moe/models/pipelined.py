@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -14,7 +15,7 @@ from lightning_moe.models.ranks import pipeline_of
 from lightning_moe.models.tasks import Task
 from lightning_moe.parallel.state import load_full_state_dict
 from lightning_moe.pipeline.parts import ModelPart
-from lightning_moe.pipeline.spec import Microbatch, PartOutput, ScheduleResult
+from lightning_moe.pipeline.spec import Carry, Microbatch, PartOutput, ScheduleResult
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -96,19 +97,59 @@ def held(build: Callable[[], Layer], wanted: bool) -> Layer | None:
     return None
 
 
-def check_whole(parts: Sequence[ModelPart] | None, num_blocks: int) -> None:
-    """Check that some parts are a whole model together; None are.
+class NetworkInParts(nn.Module):
+    """A network that holds all of its blocks, or parts of a pipeline, and runs both by the same code.
 
-    Raises:
-        ConfigError: They are not.
+    Args:
+        num_blocks: Number of blocks of the whole network.
+        parts: The parts that are held, in the order of the rank's chunks; None for all, without a pipeline.
+
+    Attributes:
+        parts: Likewise.
+        own_parts: The parts, or the one that is the whole network.
     """
-    if parts is None:
-        return
-    blocks = {block for part in parts for block in part.blocks}
-    if len(blocks) < num_blocks or not any(part.first for part in parts) or not any(part.last for part in parts):
-        raise ConfigError(
-            "model",
-            f"{len(blocks)} of {num_blocks} blocks",
-            "a whole model, or a Trainer with the pipeline that this part was built for",
-            "save a checkpoint and load it where the whole model is wanted",
-        )
+
+    def __init__(self, num_blocks: int, parts: Sequence[ModelPart] | None) -> None:
+        super().__init__()
+        self._whole = ModelPart.whole(num_blocks)
+        self.parts = None if parts is None else tuple(parts)
+        self.own_parts = (self._whole,) if self.parts is None else self.parts
+
+    def run_part(self, part: int, carry: Carry, microbatch: Microbatch) -> PartOutput:
+        """Run one of ``parts``; see :class:`~lightning_moe.pipeline.spec.PipelinedModel`.
+
+        The microbatch has the batch of the LightningModule as data, and a :data:`~lightning_moe.models.tasks.Task` as
+        context.
+        """
+        assert self.parts is not None, "not built for a pipeline"
+        return self._run(self.parts[part], carry, microbatch)
+
+    def run_whole(self, microbatch: Microbatch) -> PartOutput:
+        """Run all of the network as :meth:`run_part` runs a part.
+
+        Raises:
+            ConfigError: Only a part of the network is held.
+        """
+        return self._run(self.whole(), (), microbatch)
+
+    def whole(self) -> ModelPart:
+        """The part that is the whole network.
+
+        Raises:
+            ConfigError: Only a part of it is held.
+        """
+        held_blocks = {block for part in self.own_parts for block in part.blocks}
+        first, last = any(part.first for part in self.own_parts), any(part.last for part in self.own_parts)
+        if len(held_blocks) < len(self._whole.blocks) or not first or not last:
+            raise ConfigError(
+                "model",
+                f"{len(held_blocks)} of {len(self._whole.blocks)} blocks",
+                "a whole model, or a Trainer with the pipeline that this part was built for",
+                "save a checkpoint and load it where the whole model is wanted",
+            )
+        return self._whole
+
+    @abstractmethod
+    def _run(self, part: ModelPart, carry: Carry, microbatch: Microbatch) -> PartOutput:
+        """Run a part that is held."""
+        ...

@@ -34,8 +34,7 @@ Exit code: 0, or 2 when the recipe is refused or a file cannot be written.
 def main(argv: Sequence[str]) -> int:
     """Run the command; ``argv`` is what follows ``plan``. Returns the exit code."""
     arguments = split_arguments(argv)
-    options = {argument for argument in arguments.rest if argument.startswith("-")}
-    paths = [*arguments.paths, *(argument for argument in arguments.rest if argument not in options)]
+    options, paths = arguments.options, arguments.recipes
     if options & {"--help", "-h"}:
         print(USAGE, end="")
         return 0

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_moe.config.chronos import ChronosMoEConfig
 from lightning_moe.errors import ConfigError
@@ -23,7 +24,7 @@ from lightning_moe.models.chronos_moe.patching import (
     normalize,
     normalize_context,
 )
-from lightning_moe.models.pipelined import check_whole
+from lightning_moe.models.pipelined import NetworkInParts
 from lightning_moe.models.routing import as_metric, auxiliary_loss, routing_metrics
 from lightning_moe.models.tasks import Predicting, Training
 from lightning_moe.moe.layer import MoELayer, RoutingInfo
@@ -47,7 +48,7 @@ class ChronosMoEOutput(NamedTuple):
     """What each MoE layer's router did; empty for a dense model."""
 
 
-class ChronosMoEModel(nn.Module):
+class ChronosMoEModel(NetworkInParts):
     """Encoder-only forecaster in the manner of Chronos-2 (arXiv:2510.15821) with MoE feed-forward layers.
 
     The tokens are the patches of the context, a learned [REG] token and one token per patch of the horizon.
@@ -70,11 +71,9 @@ class ChronosMoEModel(nn.Module):
         *,
         parts: Sequence[ModelPart] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(config.num_layers, parts)
         self.config = config
-        self.parts = None if parts is None else tuple(parts)
-        self._whole = ModelPart.whole(config.num_layers)
-        own = self.parts if self.parts is not None else (self._whole,)
+        own = self.own_parts
         first, last = any(part.first for part in own), any(part.last for part in own)
         layers = {layer for part in own for layer in part.blocks}
         patch_features, width = 3 * config.patch_length, config.hidden_size
@@ -127,33 +126,15 @@ class ChronosMoEModel(nn.Module):
         Raises:
             ConfigError: Only a part of the model is held.
         """
-        check_whole(self.parts, self.config.num_layers)
         normalized = self._normalized(context)
-        hidden, routing = self._through(self._whole, None, normalized)
+        hidden, routing = self._through(self.whole(), None, normalized)
         return ChronosMoEOutput(self._quantiles(hidden), normalized.statistics, tuple(routing.values()))
 
     # ---- parts
 
-    def run_part(self, part: int, carry: Carry, microbatch: Microbatch) -> PartOutput:
-        """Run one of ``parts`` (see :class:`~lightning_moe.pipeline.spec.PipelinedModel`).
-
-        The microbatch has the batch of :class:`~lightning_moe.models.chronos_moe.ChronosMoE` as data, and a
-        :data:`~lightning_moe.models.tasks.Task` as context. Parts hand on the tokens ``[B, S, D]``. The last one
-        predicts the quantiles ``[B, Q, H]`` in the units of the context.
-        """
-        assert self.parts is not None, "not built for a pipeline"
-        return self._run(self.parts[part], carry, microbatch)
-
-    def run_whole(self, microbatch: Microbatch) -> PartOutput:
-        """Run all of the model as :meth:`run_part` runs a part.
-
-        Raises:
-            ConfigError: Only a part of the model is held.
-        """
-        check_whole(self.parts, self.config.num_layers)
-        return self._run(self._whole, (), microbatch)
-
+    @override
     def _run(self, part: ModelPart, carry: Carry, microbatch: Microbatch) -> PartOutput:
+        """Parts hand on the tokens ``[B, S, D]``; the last predicts quantiles ``[B, Q, H]`` in the context's units."""
         task, normalized = microbatch.context, self._normalized(microbatch.data["context"])
         hidden, routing = self._through(part, carry[0] if carry else None, normalized)
         metrics = routing_metrics(routing, self.config.num_layers, microbatch.weight)

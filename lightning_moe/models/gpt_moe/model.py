@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_moe.config.gpt import ActivationCheckpointing, GPTMoEConfig
 from lightning_moe.errors import ConfigError
@@ -26,7 +27,7 @@ from lightning_moe.layers.cross_entropy import IGNORED_LABEL
 from lightning_moe.models.gpt_moe.block import GPTMoEBlock, mark_norm
 from lightning_moe.models.gpt_moe.head import OutputProjection
 from lightning_moe.models.gpt_moe.inputs import InputLayer
-from lightning_moe.models.pipelined import check_whole, held
+from lightning_moe.models.pipelined import NetworkInParts, held
 from lightning_moe.models.routing import as_metric, auxiliary_loss, routing_metrics
 from lightning_moe.models.tasks import Predicting, Training
 from lightning_moe.moe.layer import MoELayer, RoutingInfo
@@ -49,7 +50,7 @@ class GPTMoEOutput(NamedTuple):
     """What each MoE layer's router did; empty for a dense model."""
 
 
-class GPTMoEModel(nn.Module):
+class GPTMoEModel(NetworkInParts):
     """Embedding, blocks, final norm and output projection; this rank's part of each.
 
     Training gives every rank of the axes pipeline, context and tensor the same batch. Each context rank takes its
@@ -86,16 +87,14 @@ class GPTMoEModel(nn.Module):
         loss_chunk_tokens: int | None = 1024,
         compile_blocks: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(config.num_layers, parts)
         kinds = get_args(ActivationCheckpointing)
         if activation_checkpointing not in kinds:
             raise ConfigError("activation_checkpointing", activation_checkpointing, "one of " + ", ".join(kinds))
         self.config = config
         self.mesh = mesh if mesh is not None else ParallelMesh.single()
-        self.parts = None if parts is None else tuple(parts)
         self.loss_chunk_tokens = loss_chunk_tokens
-        self._whole = ModelPart.whole(config.num_layers)
-        own = self.parts if self.parts is not None else (self._whole,)
+        own = self.own_parts
         first, last = any(part.first for part in own), any(part.last for part in own)
         layers = {layer for part in own for layer in part.blocks}
         matrix = (config.vocab_size, config.hidden_size, self.mesh)
@@ -166,9 +165,8 @@ class GPTMoEModel(nn.Module):
             ConfigError: The ranks do not divide the sequence, or it is longer than the model is made for; or only a
                 part of the model is held.
         """
-        check_whole(self.parts, self.config.num_layers)
         layout = self._inputs.training_layout(tokens)
-        hidden, routing = self._through(self._whole, None, tokens, positions, documents, layout)
+        hidden, routing = self._through(self.whole(), None, tokens, positions, documents, layout)
         loss_sum = self._loss_sum(hidden, labels, layout)
         return GPTMoEOutput(loss_sum, self.num_labels(labels), tuple(routing.values()))
 
@@ -195,9 +193,8 @@ class GPTMoEModel(nn.Module):
         Raises:
             ConfigError: Only a part of the model is held.
         """
-        check_whole(self.parts, self.config.num_layers)
         layout = TokenLayout(*tokens.shape)
-        hidden, _ = self._through(self._whole, None, tokens, positions, documents, layout, caches)
+        hidden, _ = self._through(self.whole(), None, tokens, positions, documents, layout, caches)
         return self._logits(hidden, layout)
 
     def new_caches(self, batch: int, max_length: int, dtype: torch.dtype) -> list[KVCache]:
@@ -224,26 +221,12 @@ class GPTMoEModel(nn.Module):
 
     # ---- parts
 
-    def run_part(self, part: int, carry: Carry, microbatch: Microbatch) -> PartOutput:
-        """Run one of ``parts`` (see :class:`~lightning_moe.pipeline.spec.PipelinedModel`).
-
-        The microbatch has the batch of :class:`~lightning_moe.models.gpt_moe.GPTMoE` as data, and a
-        :data:`~lightning_moe.models.tasks.Task` as context. Parts hand on the hidden states. The last one's prediction
-        is that of the token that follows the last one of each sequence: logits ``[B, V]``, when predicting.
-        """
-        assert self.parts is not None, "not built for a pipeline"
-        return self._run(self.parts[part], carry, microbatch)
-
-    def run_whole(self, microbatch: Microbatch) -> PartOutput:
-        """Run all of the model as :meth:`run_part` runs a part.
-
-        Raises:
-            ConfigError: Only a part of the model is held.
-        """
-        check_whole(self.parts, self.config.num_layers)
-        return self._run(self._whole, (), microbatch)
-
+    @override
     def _run(self, part: ModelPart, carry: Carry, microbatch: Microbatch) -> PartOutput:
+        """Parts hand on the hidden states.
+
+        The last one predicts the token that follows the last one of each sequence: logits ``[B, V]``, when predicting.
+        """
         task, batch = microbatch.context, microbatch.data
         tokens, predicting = batch["tokens"], isinstance(task, Predicting)
         layout = TokenLayout(*tokens.shape) if predicting else self._inputs.training_layout(tokens)
