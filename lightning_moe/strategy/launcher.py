@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _WorkerOutput
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
+
+from lightning_moe.parallel.state import load_full_state_dict
 
 if TYPE_CHECKING:
     from lightning_moe.strategy.strategy import MoEStrategy
@@ -39,9 +43,29 @@ class ShardedMultiProcessingLauncher(_MultiProcessingLauncher):
             # Lightning attaches modules in the workers only; configure_model asks the strategy for mesh and pipeline.
             module.trainer = trainer
             try:
-                self._strategy.restore_whole_model(weights)
+                _load_whole_model(self._strategy, weights)
             finally:
                 module.trainer = None
             self._strategy.checkpoint_io.remove_checkpoint(worker_output.weights_path)
             worker_output = worker_output._replace(weights_path=None)
         super()._recover_results_in_main_process(worker_output, trainer)
+
+
+def _load_whole_model(strategy: MoEStrategy, weights: Mapping[str, Any]) -> None:
+    """Load whole weights into the main process' module, building its layers first where they are missing.
+
+    As in Lightning, what the module lacks is passed over: layers that ``setup`` builds exist in the workers only.
+    """
+    module = strategy.lightning_module
+    assert module is not None
+    with strategy.alone(), strategy.precision_plugin.module_init_context():
+        module.configure_model()
+    strategy.precision_plugin.convert_module(module)
+    own = module.state_dict()
+    if unknown := sorted(weights.keys() - own.keys()):
+        rank_zero_warn(
+            f"the main process' module has no {unknown}: their trained weights stay behind in the workers. "
+            "Build layers in __init__ or configure_model, or save a checkpoint."
+        )
+    present = {name: value for name, value in weights.items() if name in own}
+    load_full_state_dict(module, {**own, **present})

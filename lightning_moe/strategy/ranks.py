@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -99,6 +101,15 @@ class MeshStrategy(ParallelStrategy):
                 "the mesh exists once the Trainer has started its processes: use it in configure_model or later"
             )
         return self._mesh
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let the mesh be that of a single process, for the main process of spawn, which is none of the ranks."""
+        self._mesh = ParallelMesh.single()
+        try:
+            yield
+        finally:
+            self._mesh = None
 
     @property
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,6 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -29,13 +28,11 @@ from lightning_moe.parallel.grad_norm import global_grad_norm
 from lightning_moe.parallel.gradients import GradientReducer
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.main_params import MainParams
-from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.rng import AxisRng, fold_seed
 from lightning_moe.parallel.state import (
     broadcast_buffers,
     broadcast_replicas,
     gather_full_state_dict,
-    load_full_state_dict,
 )
 from lightning_moe.strategy.checkpoints import RunCheckpoints
 from lightning_moe.strategy.checks import (
@@ -356,28 +353,6 @@ class MoEStrategy(PipelinedStrategy):
         """The whole model's weights after fit, on rank 0; hands them over once."""
         weights, self._trained_weights = self._trained_weights, {}
         return weights
-
-    def restore_whole_model(self, weights: Mapping[str, Any]) -> None:
-        """Load whole weights into the main process' module, building its layers first where they are missing.
-
-        As in Lightning, what the module lacks is passed over: layers that ``setup`` builds exist in the workers only.
-        """
-        assert self.lightning_module is not None
-        self._mesh = ParallelMesh.single()
-        try:
-            with self.precision_plugin.module_init_context():
-                self.lightning_module.configure_model()
-        finally:
-            self._mesh = None
-        self.precision_plugin.convert_module(self.lightning_module)
-        own = self.lightning_module.state_dict()
-        if unknown := sorted(weights.keys() - own.keys()):
-            rank_zero_warn(
-                f"the main process' module has no {unknown}: their trained weights stay behind in the workers. "
-                "Build layers in __init__ or configure_model, or save a checkpoint."
-            )
-        present = {name: value for name, value in weights.items() if name in own}
-        load_full_state_dict(self.lightning_module, {**own, **present})
 
     @override
     def teardown(self) -> None:
