@@ -32,6 +32,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise ``hidden`` ``[..., D]``; the result has its shape and dtype."""
+        if hidden.dtype == self.weight.dtype:  # torch itself takes the statistics of 16-bit vectors in float32
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         compute = torch.promote_types(hidden.dtype, torch.float32)
         normed = F.rms_norm(hidden.to(compute), self.weight.shape, self.weight.to(compute), self.eps)
         return normed.to(hidden.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.config.rope import RopeScaling
+from lightning_moe.weight_grad.fused_kernels import fused_kernels_take
 
 # [Note: no state for rotary tables]
 # The tables are computed once per forward pass and handed to every block. A buffer would be cast with the
@@ -55,16 +56,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         first, second = x[..., :half], x[..., half:]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rotate.apply(x, cos, sin, False)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates pairs of features; tables ``[..., H / 2]``. By hand it moves less than half the bytes of plain ops."""
+    """Rotates pairs of features; tables ``[..., H / 2]``. By hand it moves less than half the bytes of plain ops.
+
+    On CUDA one kernel does it, which reads and writes everything once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        ctx.back = back
+        if fused_kernels_take(x, cos, sin):
+            from lightning_moe.layers import triton_rope
+
+            if triton_rope.can_rotate(x, cos):
+                return triton_rope.rotate(x, cos, sin, back=back)
+        if back:
+            sin = -sin
         out = torch.empty_like(x)
         (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
         torch.sub(first * cos, second * sin, out=out_first)
@@ -72,10 +84,10 @@ class _Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        back: Tensor = _Rotate.apply(grad, cos, -sin)  # type: ignore[no-untyped-call]
-        return back, None, None
+        out: Tensor = _Rotate.apply(grad, cos, sin, not ctx.back)  # type: ignore[no-untyped-call]
+        return out, None, None, None
 
 
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:

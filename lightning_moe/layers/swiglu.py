@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_moe.layers.fused_kernels import fused_kernels_take
+from lightning_moe.weight_grad.fused_kernels import fused_kernels_take
 
 
 def swiglu(projected: Tensor) -> Tensor:

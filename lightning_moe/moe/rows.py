@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_moe.layers.fused_kernels import fused_kernels_take
+from lightning_moe.weight_grad.fused_kernels import fused_kernels_take
 
 
 def take_rows(values: Tensor, index: Tensor, present: Tensor | None) -> Tensor:

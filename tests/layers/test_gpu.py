@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_moe.layers import (
     CausalSelfAttention,
+    RMSNorm,
     TokenLayout,
+    apply_rope,
     attention_mask,
     linear_cross_entropy,
     loss_peak_bytes,
@@ -123,3 +125,51 @@ def test_attention_uses_fused_kernels(dtype: torch.dtype, masked: bool, backend:
         module(hidden, TokenLayout(2, 512), rope, mask).float().sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tables", ["shared", "per sequence"])
+@pytest.mark.parametrize("heads", [(5,), (2, 3), (40,)], ids=str)
+def test_one_kernel_rotates_heads_where_they_lie(
+    heads: tuple[int, ...], tables: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_moe.layers import triton_rope  # there is no Triton without a GPU
+
+    calls: list[bool] = []
+    rotate = triton_rope.rotate
+    monkeypatch.setattr(triton_rope, "rotate", lambda *args, back: calls.append(back) or rotate(*args, back=back))
+    batch, length, width = 2, 7, 24
+    fused = torch.randn(batch, length, 48, width, dtype=dtype, device="cuda", requires_grad=True)
+    count = torch.Size(heads).numel()
+    positions = torch.arange(length, device="cuda").expand(batch if tables == "per sequence" else 1, -1)
+    positions = positions + 100 * torch.arange(positions.shape[0], device="cuda")[:, None]
+    rope = rope_tables_at(positions, *rope_frequencies(width, 1e4), dtype)
+    shape = (*positions.shape, *[1] * len(heads), width)
+
+    def rotated(source: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = apply_rope(source[:, :, 3 : 3 + count].unflatten(2, heads), cos.view(shape), sin.view(shape))
+        # Attention gives gradients with heads before tokens.
+        out.transpose(1, 2).backward(torch.ones_like(out.transpose(1, 2)).cumsum(-1) / width)
+        assert source.grad is not None
+        return torch.cat([out.detach().flatten(), source.grad.flatten()])
+
+    out = rotated(fused, *rope)
+    assert calls == [False, True]
+    exact = rotated(fused.detach().double().requires_grad_(), *(table.double() for table in rope))
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+    assert len(calls) == 2  # float64 takes the plain operations
+
+
+@pytest.mark.parametrize("width", [64, 2048])
+def test_norm_of_16_bit_vectors_rounds_once(width: int) -> None:
+    norm = RMSNorm(width).cuda().bfloat16()
+    hidden = torch.randn(300, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = norm(hidden)
+    grads = torch.autograd.grad(out, (hidden, norm.weight), torch.full_like(out, 0.5))
+    exact = RMSNorm(width).cuda().double()
+    wide = hidden.detach().double().requires_grad_()
+    expected = exact(wide)
+    wanted = torch.autograd.grad(expected, (wide, exact.weight), torch.full_like(expected, 0.5))
+    for value, reference in zip((out, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(value.double(), reference, rtol=2**-8, atol=1e-3)
