@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         GPTMoEConfig,
         MoEConfig,
         OptimizerConfig,
+        OverlapConfig,
         ParallelConfig,
         PipelineConfig,
         RopeScaling,
@@ -48,6 +49,7 @@ __all__ = [
     "MoEStrategy",
     "ModelPart",
     "OptimizerConfig",
+    "OverlapConfig",
     "ParallelConfig",
     "ParallelMesh",
     "PartOutput",
@@ -74,6 +76,7 @@ def _home_of(name: str) -> str | None:
             | "GPTMoEConfig"
             | "MoEConfig"
             | "OptimizerConfig"
+            | "OverlapConfig"
             | "ParallelConfig"
             | "PipelineConfig"
             | "RopeScaling"

@@ -23,7 +23,18 @@ def test_import_is_lazy() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "config.recipe", "errors", "parallel.layout", "cli.main", "cli.check", "cli.bench"]
+    "module",
+    [
+        "config",
+        "config.recipe",
+        "errors",
+        "parallel.layout",
+        "moe.overlap.cost",
+        "moe.overlap.plan",
+        "cli.main",
+        "cli.check",
+        "cli.bench",
+    ],
 )
 def test_torch_free_modules(module: str) -> None:
     code = f"import sys, lightning_moe.{module}; print(sorted({{'torch', 'lightning'}} & set(sys.modules)))"

@@ -21,6 +21,7 @@ from lightning_moe.pipeline.simulate import simulate
 MODULES: Mapping[str, str] = MappingProxyType(
     {
         "pipeline": "lightning_moe.bench.pipeline",
+        "moe": "lightning_moe.bench.moe",
         "gpt": "lightning_moe.bench.gpt",
         "checkpoint": "lightning_moe.bench.checkpoint",
     }
@@ -31,6 +32,7 @@ USAGE = """usage: lightning-moe bench NAME [OPTIONS]
 
   pipeline               schedules of pipelines, ours and torch's, on this machine's devices
   pipeline --simulate    bubble, makespan and peak of every schedule, by simulation and without torch
+  moe                    expert layers that overlap communication, and Megatron-core's, on this machine's devices
   gpt                    tokens per second of a GPT-MoE
   checkpoint             how long saving holds up training
 

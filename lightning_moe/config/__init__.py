@@ -4,6 +4,7 @@ from lightning_moe.config.chronos import ChronosMoEConfig
 from lightning_moe.config.gpt import GPTMoEConfig
 from lightning_moe.config.moe import MoEConfig
 from lightning_moe.config.optimizer import OptimizerConfig
+from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.config.rope import RopeScaling
@@ -14,6 +15,7 @@ __all__ = [
     "GPTMoEConfig",
     "MoEConfig",
     "OptimizerConfig",
+    "OverlapConfig",
     "ParallelConfig",
     "PipelineConfig",
     "RopeScaling",

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_moe.config.chronos import ChronosMoEConfig
 from lightning_moe.config.gpt import GPTMoEConfig
+from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.config.trainer import count_devices
 
 STRATEGY = "trainer.strategy.init_args"
 MODEL = "model.init_args.config"
+
+_Settings = TypeVar("_Settings", OverlapConfig, PipelineConfig)
 
 _CONFIGS: Mapping[str, type[ChronosMoEConfig] | type[GPTMoEConfig]] = MappingProxyType(
     {"ChronosMoE": ChronosMoEConfig, "GPTMoE": GPTMoEConfig}
@@ -55,10 +58,24 @@ def pipeline_config(recipe: Any) -> PipelineConfig | None:
     given = None if isinstance(strategy, str) else strategy.init_args.pipeline
     if given is None:
         return None if parallel.pipeline == 1 else PipelineConfig()
-    return PipelineConfig(**{field.name: getattr(given, field.name) for field in fields(PipelineConfig)})
+    return _built(PipelineConfig, given)
+
+
+def overlap_config(recipe: Any) -> OverlapConfig | None:
+    """Return how exchanges are overlapped, or None when they are waited for."""
+    strategy = recipe.trainer.strategy
+    if parallel_config(recipe) is None or isinstance(strategy, str):
+        return None
+    given = strategy.init_args.overlap
+    return None if given is None else _built(OverlapConfig, given)
 
 
 def model_config(recipe: Any) -> Any:
     """Return the settings of our model, defaults where the recipe gives none."""
     config = recipe.model.init_args.config
     return _CONFIGS[model_name(recipe)]() if config is None else config
+
+
+def _built(settings: type[_Settings], known: Any) -> _Settings:
+    """The settings that a recipe gives, if all of them could be read."""
+    return settings(**{field.name: getattr(known, field.name) for field in fields(settings)})

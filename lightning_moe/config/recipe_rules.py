@@ -10,7 +10,15 @@ from typing import Any
 
 from lightning_moe.config.optimizer import OptimizerConfig
 from lightning_moe.config.ranges import Rule
-from lightning_moe.config.recipe_facts import MODEL, STRATEGY, model_config, model_name, parallel_config, world_size
+from lightning_moe.config.recipe_facts import (
+    MODEL,
+    STRATEGY,
+    model_config,
+    model_name,
+    overlap_config,
+    parallel_config,
+    world_size,
+)
 from lightning_moe.config.recipe_gpt_rules import GPT_RECIPE_RULES
 from lightning_moe.config.recipe_pipeline_rules import PIPELINE_RECIPE_RULES
 from lightning_moe.config.trainer import full_precision_name
@@ -79,6 +87,22 @@ def expert_tensor_axis_divides_experts(recipe: Any) -> ConfigError | None:
         parallel.expert_tensor,
         f"a divisor of {MODEL}.moe.expert_hidden_size = {moe.expert_hidden_size}",
         "every rank that shares an expert holds an equal part of it",
+    )
+
+
+def expert_groups_hold_experts(recipe: Any) -> ConfigError | None:
+    """Where a rank's experts are exchanged in groups, no group is empty."""
+    parallel, overlap, moe = parallel_config(recipe), overlap_config(recipe), model_config(recipe).moe
+    if parallel is None or overlap is None or moe is None or overlap.dispatch == "blocking":
+        return None
+    local = moe.num_experts // parallel.expert
+    if parallel.expert * parallel.expert_tensor == 1 or overlap.expert_groups is None or overlap.expert_groups <= local:
+        return None
+    return ConfigError(
+        f"{STRATEGY}.overlap.expert_groups",
+        overlap.expert_groups,
+        f"at most {local}, the experts of a rank",
+        "leave it out to ask the cost model",
     )
 
 
@@ -167,6 +191,7 @@ RECIPE_RULES: tuple[Rule, ...] = (
     *PIPELINE_RECIPE_RULES,
     expert_axis_divides_experts,
     expert_tensor_axis_divides_experts,
+    expert_groups_hold_experts,
     *only_for("ChronosMoE", lengths_agree("context_length"), lengths_agree("prediction_length")),
     *only_for("GPTMoE", *GPT_RECIPE_RULES),
     precision_fits_device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.config.ranges import Rule, above
@@ -22,6 +23,9 @@ class StrategyRecipe:
     pipeline: PipelineConfig | None = None
     """Schedule and microbatches; null takes the defaults where ``parallel.pipeline`` is above 1, and runs each batch in
     one piece where it is not."""
+    overlap: OverlapConfig | None = None
+    """How expert and attention layers exchange tokens while they compute; null exchanges them by all-to-alls that are
+    waited for."""
     start_method: Literal["popen", "spawn", "fork"] = "popen"
     """How to start the ranks when no external launcher has."""
     process_group_backend: str | None = None

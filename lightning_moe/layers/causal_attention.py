@@ -6,8 +6,12 @@ and M key and value heads of this tensor rank.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import repeat
 from typing import Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +22,7 @@ from lightning_moe.layers.norm import ParallelRMSNorm, RMSNorm
 from lightning_moe.layers.rope import apply_rope
 from lightning_moe.layers.token_layout import TokenLayout
 from lightning_moe.layers.ulysses import heads_from_tokens, tokens_from_heads
+from lightning_moe.layers.ulysses_overlap import ChunkedHeads
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import even_slice, set_partial_grad
@@ -51,6 +56,11 @@ class CausalSelfAttention(nn.Module):
         q_norm: None without ``qk_norm``.
         k_norm: Likewise.
         num_kv_heads: Key and value heads ``M`` held here, the number that a :class:`KVCache` needs.
+        exchange_chunks: Number of chunks that heads are exchanged in over the axis ``context``, under the computation
+            of others (see the note in :mod:`lightning_moe.layers.ulysses_overlap`); 1 exchanges all heads at once and
+            waits for them. As many as fit where a rank has fewer heads. May be changed between forward passes. Chunks
+            read the weights of the projections past their ``forward``, and cannot be differentiated twice.
+        wait_at_once: Whether every chunk is waited for where it is sent: the same computation without overlap.
 
     Raises:
         ConfigError: The heads cannot be split this way.
@@ -72,6 +82,8 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_heads(num_heads, num_kv_heads, mesh)
+        self.exchange_chunks = 1
+        self.wait_at_once = False
         self.num_heads = num_heads // mesh.size(Axis.TENSOR)
         self.num_kv_heads = num_kv_heads // mesh.size(Axis.TENSOR)
         self.head_size = head_size
@@ -117,32 +129,68 @@ class CausalSelfAttention(nn.Module):
         Returns:
             The shape of ``hidden``.
         """
+        group = self._mesh.active_group(Axis.CONTEXT) if layout.context_parallel else None
+        if group is not None and self.exchange_chunks > 1 and self.num_heads > self._mesh.size(Axis.CONTEXT):
+            assert cache is None, "a cache holds whole sequences"
+            by_chunks: Tensor = self._forward_by_chunks(hidden, layout, rope, mask, group)
+            return by_chunks
         query, key, value = self._heads(self.qkv_proj(hidden, layout), layout)
-        cos, sin = (table[:, :, None] for table in rope)
-        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        query, key = self._placed(query, self.q_norm, rope), self._placed(key, self.k_norm, rope)
         if cache is not None:
             assert not layout.context_parallel, "a cache holds whole sequences"
             key, value = cache.append(key, value)
-        group = self._mesh.active_group(Axis.CONTEXT) if layout.context_parallel else None
         attended = self._attend(*heads_from_tokens(query, key, value, group), mask)
         features = tokens_from_heads(attended, group).reshape(layout.num_tokens, -1)
         out: Tensor = self.o_proj(features, layout)
         return out
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as all communication: see apply_eagerly
+    def _forward_by_chunks(
+        self,
+        hidden: Tensor,
+        layout: TokenLayout,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        """The same with heads that are exchanged in chunks."""
+        heads = ChunkedHeads(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            group,
+            self.exchange_chunks,
+            wait_at_once=self.wait_at_once,
+        )
+        tensor_group = self._mesh.active_group(Axis.TENSOR)
+        if self.qk_norm == "projection":  # which needs all heads
+            chunks = heads.cut(*self._heads(self.qkv_proj(hidden, layout), layout))
+        else:
+            chunks = heads.project(hidden, self.qkv_proj.weight, layout, tensor_group)
+        norms = (self.q_norm, self.k_norm)
+        # A chunk is a query alone where an earlier one has brought its keys and values.
+        placed = ([*map(self._placed, parts, norms, repeat(rope)), *parts[2:]] for parts in chunks)
+        attended = heads.attend(placed, partial(self._attend, mask=mask))
+        return heads.project_back(attended, self.o_proj.weight, layout, tensor_group)
+
     def _heads(self, projected: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """Split ``[T, (N + 2M) * H]`` into normalised heads ``[B, Q, N, H]``, ``[B, Q, M, H]``, ``[B, Q, M, H]``."""
+        """Split ``[T, (N + 2M) * H]`` into heads ``[B, Q, N, H]``, ``[B, Q, M, H]`` and ``[B, Q, M, H]``."""
         widths = [heads * self.head_size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         query, key, value = projected.split(widths, dim=-1)
-        query, key = self._normed(query, key, "projection")
+        if self.qk_norm == "projection":
+            assert self.q_norm is not None
+            assert self.k_norm is not None
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.reshape(layout.batch, layout.length, -1, self.head_size) for x in (query, key, value))
-        query, key = self._normed(query, key, "head")
         return query, key, value
 
-    def _normed(self, query: Tensor, key: Tensor, kind: QKNorm) -> tuple[Tensor, Tensor]:
-        """Normalise queries and keys if the norms are of this kind."""
-        if self.q_norm is None or self.k_norm is None or self.qk_norm != kind:
-            return query, key
-        return self.q_norm(query), self.k_norm(key)
+    def _placed(self, heads: Tensor, norm: nn.Module | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate queries or keys ``[B, Q, heads, H]`` by their positions, normalised if the norm is of single heads."""
+        if self.qk_norm == "head":
+            assert norm is not None
+            heads = norm(heads)
+        cos, sin = (table[:, :, None] for table in rope)
+        return apply_rope(heads, cos, sin)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of ``[B, Q, heads, H]`` over ``[B, S, fewer heads, H]``; gives ``[B, Q, heads, H]``."""

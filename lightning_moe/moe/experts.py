@@ -69,6 +69,12 @@ class GroupedExperts(nn.Module):
             set_shard_spec(self, name, *self._specs(name))
         self.reset_parameters()
 
+    @property
+    def projections(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The first projection's weight and the second's."""
+        up: nn.Parameter = getattr(self, self._up_name)
+        return up, self.down_proj
+
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
         up: Tensor = getattr(self, self._up_name)

@@ -15,12 +15,14 @@ from lightning_moe.config.moe import MoEConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.capacity import expert_capacity, within_capacity
 from lightning_moe.moe.choices import count_choices
-from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatch, match_rows, plan_dispatch
+from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatch, plan_dispatch
 from lightning_moe.moe.experts import GroupedExperts
 from lightning_moe.moe.losses import RouterLosses
-from lightning_moe.moe.participation import announce_call
+from lightning_moe.moe.overlap.executor import ExpertOverlap
+from lightning_moe.moe.participation import AnnouncedCall, announce_call
 from lightning_moe.moe.router import Routing, TopKRouter
 from lightning_moe.moe.routing_tape import RoutingTape, once
+from lightning_moe.moe.rows_to_send import RowsToSend
 from lightning_moe.moe.shared_expert import SharedExpert
 from lightning_moe.moe.slots import place_experts, slots_of_experts
 from lightning_moe.moe.token_slices import gather_slices, take_slice
@@ -65,6 +67,7 @@ class MoELayer(nn.Module):
         experts: The :class:`GroupedExperts` of this rank.
         shared_expert: The :class:`SharedExpert`, or None.
         placement: Which expert lives where.
+        overlap: How exchanges hide under computation; None waits for one all-to-all each way.
         layer_index: Position among the layers that share the expert group.
         header_experts: Most experts of any layer that shares the expert group.
 
@@ -80,6 +83,7 @@ class MoELayer(nn.Module):
         self.hidden_size = hidden_size
         self.config = config
         self.mesh = mesh if mesh is not None else ParallelMesh.single()
+        self.overlap: ExpertOverlap | None = None
         self.layer_index = 0
         self.header_experts = config.num_experts
         self.placement = place_experts(config, self.mesh)
@@ -190,10 +194,26 @@ class MoELayer(nn.Module):
         weight = self.router.weight
         tokens = weight.new_empty((0, self.hidden_size), dtype=dtype)
         choices = torch.empty((0, self.config.top_k), dtype=torch.int64, device=weight.device)
-        plan = plan_dispatch(choices, counts, self.mesh.rank(Axis.EXPERT_MODEL))
         # Autocast is decided by the ranks that call, and the dtype they announced already says so.
         with torch.autocast(weight.device.type, enabled=False):
-            self._run_experts(tokens, torch.empty_like(choices, dtype=torch.float32), plan, dtype)
+            if self.overlap is not None:
+                self.overlap.serve(self, tokens, choices, counts)
+                return
+            plan = plan_dispatch(choices, counts, self.mesh.rank(Axis.EXPERT_MODEL))
+            self.run_experts(tokens, torch.empty_like(choices, dtype=torch.float32), plan, dtype)
+
+    def run_experts(self, tokens: Tensor, weights: Tensor, plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
+        """Output ``[T, D]`` of the routed experts in ``dtype``, by one all-to-all each way.
+
+        Args:
+            tokens: ``[T, D]`` in the dtype of the computation.
+            weights: ``[T, K]``.
+            plan: Who sends which rows to whom.
+            dtype: Dtype of the result.
+        """
+        rows = dispatch(tokens, plan, self.expert_group)
+        rows = self.experts(rows, plan.expert_counts, plan.expert_offsets)
+        return combine(rows, weights, plan, self.expert_group, dtype)
 
     def _apply_to_own(
         self,
@@ -207,10 +227,21 @@ class MoELayer(nn.Module):
         routing = self.router(hidden, mask, saved)
         tokens, mask = hidden.flatten(0, -2), None if mask is None else mask.flatten()
         dtype = compute_dtype(tokens)
-        plan, dropped = once(saved, lambda: self._plan(routing, mask, dtype))
-        out = self._run_experts(tokens.to(dtype), self._per_shard(routing.weights), plan, tokens.dtype)
-        if self.shared_expert is not None:
-            out = out + self.shared_expert(tokens).to(out.dtype)
+        call, sending, dropped = once(saved, lambda: self._announce(routing, mask, dtype))
+        weights = self._per_shard(routing.weights)
+        overlapped = None
+        if self.overlap is not None and self.expert_group is not None:
+            overlapped = self.overlap.begin(self, tokens.to(dtype), weights, sending)
+        # Before the host waits for the row counts: the device is busy with it meanwhile.
+        shared = None if self.shared_expert is None else self.shared_expert(tokens)
+        counts = once(saved, call.wait)
+        if overlapped is None:
+            plan = once(saved, lambda: sending.plan(counts, self.mesh.rank(Axis.EXPERT_MODEL)))
+            out = self.run_experts(tokens.to(dtype), weights, plan, tokens.dtype)
+        else:
+            out = overlapped.finish(counts, tokens.dtype, replaying=saved is not None and saved.replaying)
+        if shared is not None:
+            out = out + shared.to(out.dtype)
         # In evaluation the ranks may call a layer different numbers of times, so no rank may wait for the
         # others' counts: each reports the losses of its own tokens.
         losses = RouterLosses(self.config, self.mesh if self.training else None)
@@ -218,8 +249,10 @@ class MoELayer(nn.Module):
         auxiliary_loss, z_loss = losses(routing, mask, sequences, saved)
         return out, RoutingInfo(auxiliary_loss, z_loss, routing.tokens_per_expert, dropped)
 
-    def _plan(self, routing: Routing, mask: Tensor | None, dtype: torch.dtype) -> tuple[DispatchPlan, Tensor]:
-        """Exchange row counts, and work out who sends which rows to whom and how many choices are dropped."""
+    def _announce(
+        self, routing: Routing, mask: Tensor | None, dtype: torch.dtype
+    ) -> tuple[AnnouncedCall, RowsToSend, Tensor]:
+        """Begin to exchange row counts, and work out what is sent and how many choices are dropped."""
         config, experts = self.config, routing.experts
         counts = routing.tokens_per_expert
         sent = None if mask is None else mask[:, None].expand_as(experts)
@@ -236,23 +269,8 @@ class MoELayer(nn.Module):
         sizes.scatter_(0, self.slots_of_expert.flatten(), self._per_shard(counts[:, None]).flatten())
         call = announce_call(self.layer_index, dtype, sizes, self.header_slots, self.expert_group)
         slots = self.slots_of_expert[experts].flatten(1)
-        # With every choice sent, their number is known: the device matches them with rows while the host waits.
-        matched = match_rows(slots, sizes, slots.numel()) if sent is None and not config.pad_to_capacity else None
-        plan = plan_dispatch(
-            slots,
-            call.wait(),
-            self.mesh.rank(Axis.EXPERT_MODEL),
-            None if sent is None else self._per_shard(sent),
-            padded=config.pad_to_capacity,
-            matched=matched,
-        )
-        return plan, dropped
-
-    def _run_experts(self, tokens: Tensor, weights: Tensor, plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
-        """Output ``[T, D]`` of the routed experts, in ``dtype``."""
-        rows = dispatch(tokens, plan, self.expert_group)
-        rows = self.experts(rows, plan.expert_counts, plan.expert_offsets)
-        return combine(rows, weights, plan, self.expert_group, dtype)
+        sent = None if sent is None else self._per_shard(sent)
+        return call, RowsToSend.of(slots, sent, sizes, padded=config.pad_to_capacity), dropped
 
     def _per_shard(self, per_choice: Tensor) -> Tensor:
         """``[N, K]`` to ``[N, K * X]``: each entry once for every rank that holds a part of the expert."""

@@ -8,6 +8,22 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 
+from lightning_moe.moe.participation import serve_until_idle
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.strategy.expert_layers import expert_layers
+
+
+def serve_after_last_batch(trainer: pl.Trainer, mesh: ParallelMesh) -> None:
+    """After this rank's last batch of a dataloader, run its experts for ranks that have more.
+
+    Args:
+        trainer: The trainer, right after an evaluation step.
+        mesh: The parallel mesh.
+    """
+    if mesh.size(Axis.EXPERT_MODEL) > 1 and finishes_dataloader(trainer):
+        serve_until_idle(expert_layers(trainer.lightning_module))
+
 
 def finishes_dataloader(trainer: pl.Trainer) -> bool:
     """Whether the evaluation step that has just run was the last one of its dataloader on this rank.

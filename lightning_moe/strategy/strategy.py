@@ -18,12 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.pipeline import PipelineConfig
 from lightning_moe.errors import ConfigError
-from lightning_moe.moe.layer import MoELayer
-from lightning_moe.moe.participation import number_layers, serve_until_idle
-from lightning_moe.moe.router import TopKRouter
 from lightning_moe.parallel.grad_norm import global_grad_norm
 from lightning_moe.parallel.gradients import GradientReducer
 from lightning_moe.parallel.layout import Axis
@@ -45,9 +43,11 @@ from lightning_moe.strategy.checks import (
     check_training_lengths,
 )
 from lightning_moe.strategy.elementwise import check_elementwise
-from lightning_moe.strategy.evaluation import finishes_dataloader
+from lightning_moe.strategy.evaluation import serve_after_last_batch
+from lightning_moe.strategy.expert_layers import spread_experts, update_expert_biases
 from lightning_moe.strategy.launcher import ShardedMultiProcessingLauncher
 from lightning_moe.strategy.overlap import WaitForWeights, forward_alone_reads_weights
+from lightning_moe.strategy.overlapped import LayerOverlap
 from lightning_moe.strategy.pipelined import PipelinedStrategy
 from lightning_moe.strategy.precision import globalize
 from lightning_moe.strategy.ranks import StartMethod
@@ -74,6 +74,8 @@ class MoEStrategy(PipelinedStrategy):
     Args:
         parallel: Sizes of the parallel axes; all ranks data-parallel when left out.
         pipeline: Schedule and microbatches of the pipeline; its defaults when left out.
+        overlap: How expert and attention layers exchange tokens while they compute (see the note at the head of
+            :mod:`lightning_moe.strategy.overlapped`); when left out they wait for one all-to-all each way.
         start_method: How to start ranks that no external launcher (torchrun, SLURM) has started.
         process_group_backend: ``"nccl"``, ``"gloo"``, ...; by default the one for the device.
         timeout_seconds: Seconds after which a collective gives up.
@@ -97,6 +99,7 @@ class MoEStrategy(PipelinedStrategy):
         self,
         parallel: ParallelConfig | None = None,
         pipeline: PipelineConfig | None = None,
+        overlap: OverlapConfig | None = None,
         start_method: StartMethod = "popen",
         process_group_backend: str | None = None,
         timeout_seconds: float = 1800.0,
@@ -123,6 +126,8 @@ class MoEStrategy(PipelinedStrategy):
         )
         if bucket_megabytes <= 0:
             raise ConfigError("bucket_megabytes", bucket_megabytes, "a positive number of MiB", "25 suits most links")
+        self.overlap = overlap
+        self._layer_overlap = LayerOverlap(overlap)
         self._bucket_bytes = int(bucket_megabytes * 2**20)
         self._optimizer_sharding = optimizer_sharding
         self._async_checkpoint = async_checkpoint
@@ -142,8 +147,8 @@ class MoEStrategy(PipelinedStrategy):
             group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="checkpoint")
             self._checkpoints = RunCheckpoints(group, background=self._async_checkpoint)
         self._checkpoints.start()
-        for layer in self._moe_layers():  # before callbacks copy the module: weight averaging keeps this rank's experts
-            layer.shard_(self.mesh)
+        # Before callbacks copy the module: weight averaging keeps this rank's experts.
+        spread_experts(self.lightning_module, self.mesh)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -151,15 +156,13 @@ class MoEStrategy(PipelinedStrategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         self._set_up_pipeline()
-        layers = self._moe_layers()
-        for layer in layers:
-            layer.shard_(self.mesh)
-        number_layers(layers)
+        spread_experts(trainer.lightning_module, self.mesh)
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         broadcast_replicas(self.model, self.mesh)
+        self._layer_overlap.set_up(self.model, self.mesh, self._queue, self.precision_plugin.forward_context)
         if trainer.state.fn == TrainerFn.FITTING:
             check_shards(trainer.lightning_module, self.mesh)
             self._reset_optimizers_and_schedulers()
@@ -191,10 +194,6 @@ class MoEStrategy(PipelinedStrategy):
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
-
-    def _moe_layers(self) -> list[MoELayer]:
-        assert self.lightning_module is not None
-        return [module for module in self.lightning_module.modules() if isinstance(module, MoELayer)]
 
     @property
     @override
@@ -245,9 +244,7 @@ class MoEStrategy(PipelinedStrategy):
     ) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.lightning_module is not None
-        for module in self.lightning_module.modules():
-            if isinstance(module, TopKRouter):
-                module.update_expert_bias(self.mesh.active_group(Axis.DATA_CONTEXT_TENSOR))
+        update_expert_biases(self.lightning_module, self.mesh)
         return output
 
     def full_grad(self, parameter: torch.nn.Parameter) -> Tensor | None:
@@ -341,10 +338,8 @@ class MoEStrategy(PipelinedStrategy):
         return self._resume.process_dataloader(dataloader, self.lightning_module.trainer)
 
     def _serve_after(self, output: Any) -> Any:
-        """After this rank's last batch, run its experts for ranks that have more."""
         assert self.lightning_module is not None
-        if self.mesh.size(Axis.EXPERT_MODEL) > 1 and finishes_dataloader(self.lightning_module.trainer):
-            serve_until_idle(self._moe_layers())
+        serve_after_last_batch(self.lightning_module.trainer, self.mesh)
         return output
 
     # ---- the main process of spawn and fork

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_moe.weight_grad.fused_kernels import fused_kernels_take
 from lightning_moe.weight_grad.linear import MatmulGrad, compute_dtype
-from lightning_moe.weight_grad.memory import is_aligned, without_the_rest
+from lightning_moe.weight_grad.memory import has_aligned_rows, is_aligned, without_the_rest
 from lightning_moe.weight_grad.sink import WeightGrad, deliver, sink_of
 
 _WORTH_A_LAUNCH = 4e9
@@ -31,7 +31,7 @@ class GroupedMatmulGrad(WeightGrad):
 
     Attributes:
         grad_output: ``[R, N]``.
-        rows: ``[R, K]``, in the same dtype.
+        rows: ``[R, K]``, in the same dtype. There may be gaps between rows.
         counts: Rows of each expert.
         offsets: The end of each expert's rows, int32 ``[E]`` on the device of the rows.
         grouped: Whether the operands follow the rules of the grouped GEMM (see :func:`can_group`).
@@ -79,22 +79,37 @@ class GroupedMatmulGrad(WeightGrad):
                 main_grad[expert].zero_()
 
     def _launches_once(self, main_grad: Tensor) -> bool:
-        """Whether to compute all experts by one kernel of ours; it depends on shapes and dtypes alone."""
-        rows = self.rows
-        products = rows.shape[0] * main_grad[0].numel() / len(self.counts) if self.counts else 0
         return (
             self.grouped
-            and products < _WORTH_A_LAUNCH
-            and rows.dtype.itemsize == 2
             and main_grad.dtype == torch.float32
-            and main_grad.is_contiguous()
-            and fused_kernels_take(rows, main_grad)
+            and is_worth_one_launch(self.rows, main_grad, self.rows.shape[0])
         )
 
     def _per_expert(self) -> list[MatmulGrad]:
         counts = list(self.counts)
         pieces = zip(torch.split(self.grad_output, counts), torch.split(self.rows, counts), strict=True)
         return [MatmulGrad(grad_output, rows) for grad_output, rows in pieces]
+
+
+def is_worth_one_launch(operand: Tensor, out: Tensor, num_rows: int) -> bool:
+    """Whether one kernel of ours computes the weight gradients of all experts, and faster than cuBLAS does.
+
+    Depends on shapes, dtypes and the device alone: a gradient that is computed later must not differ.
+
+    Args:
+        operand: An operand of the products; 16 bits.
+        out: ``[E, N, K]``, float32 or in the dtype of the operand.
+        num_rows: Rows of all experts.
+    """
+    return (
+        out.numel() > 0
+        and num_rows * out[0].numel() / out.shape[0] < _WORTH_A_LAUNCH
+        and operand.dtype.itemsize == 2
+        and out.dtype in (operand.dtype, torch.float32)
+        and out.is_contiguous()
+        and fused_kernels_take(operand, out)
+        and torch.cuda.get_device_capability(operand.device) >= (8, 0)
+    )
 
 
 def grouped_linear(
@@ -143,7 +158,7 @@ def can_group(rows: Tensor, weight: Tensor) -> bool:
     * On CUDA only bfloat16 on compute capability 9.0 or newer is a grouped kernel; anything else is a loop
       inside torch that first reads the offsets back from the device, which ours does not have to.
     * Row strides are multiples of 16 bytes, in the operands, the output and, for the backward pass, the
-      gradients; so both widths of the projection are.
+      gradients; so both widths of the projection are. There may be gaps between rows.
     * Operands start at multiples of 16 bytes (a parameter that is a view into a flat buffer may not).
     * There are rows: a tensor without elements counts as contiguous whatever its strides, which torch still checks.
 
@@ -164,9 +179,27 @@ def can_group(rows: Tensor, weight: Tensor) -> bool:
         supported
         and rows.shape[0] > 0
         and all(width * rows.element_size() % 16 == 0 for width in widths)
-        and is_aligned(rows)
+        and has_aligned_rows(rows)
         and is_aligned(weight)
     )
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, counts: Sequence[int], offsets: Tensor, grouped: bool) -> Tensor:
+    """``row @ matrices[e]`` for each row of expert ``e``, in the dtype of the operands.
+
+    What :func:`grouped_linear` does without its weight's gradient.
+
+    Args:
+        rows: ``[R, K]``, all rows of expert 0, then those of expert 1, ...
+        matrices: ``[E, K, N]``.
+        counts: Rows of each expert; zeros are fine.
+        offsets: The end of each expert's rows, int32 ``[E]`` on the device of the rows.
+        grouped: Whether to use the grouped GEMM, whose rules the operands must follow (see :func:`can_group`).
+
+    Returns:
+        ``[R, N]``.
+    """
+    return F.grouped_mm(rows, matrices, offs=offsets) if grouped else _loop(rows, matrices, counts)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -178,7 +211,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.sink, ctx.counts, ctx.offsets = sink_of(weight), counts, offsets
         ctx.grouped = grouped_gemm and can_group(rows, cast)
         ctx.save_for_backward(rows, weight)
-        return _product(rows, cast.transpose(-2, -1), counts, offsets, ctx.grouped)
+        return grouped_product(rows, cast.transpose(-2, -1), counts, offsets, ctx.grouped)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,21 +219,16 @@ class _GroupedLinear(torch.autograd.Function):
         # grouped_mm refuses stride 0, which the gradient of a sum has.
         grad_output = grad_output.contiguous()
         # With create_graph=True the gradient is differentiated again, through the loop.
-        grouped = ctx.grouped and is_aligned(grad_output) and not torch.is_grad_enabled()
+        grouped = ctx.grouped and has_aligned_rows(grad_output) and not torch.is_grad_enabled()
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_rows = _product(grad_output, weight.to(rows.dtype), ctx.counts, ctx.offsets, grouped)
+            grad_rows = grouped_product(grad_output, weight.to(rows.dtype), ctx.counts, ctx.offsets, grouped)
         if ctx.needs_input_grad[1]:
             # What a sink keeps must not keep the graph behind the rows.
             kept = rows if torch.is_grad_enabled() else rows.detach()
             grad = GroupedMatmulGrad(grad_output, kept, ctx.counts, ctx.offsets, grouped)
             grad_weight = deliver(grad, ctx.sink, weight.dtype)
         return grad_rows, grad_weight, None, None, None
-
-
-def _product(rows: Tensor, matrices: Tensor, counts: tuple[int, ...], offsets: Tensor, grouped: bool) -> Tensor:
-    """``row @ matrices[e]`` for each row of expert ``e``."""
-    return F.grouped_mm(rows, matrices, offs=offsets) if grouped else _loop(rows, matrices, counts)
 
 
 def _loop(rows: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:

@@ -22,6 +22,20 @@ def is_aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
+def has_aligned_rows(matrix: Tensor) -> bool:
+    """Whether every row is one run of memory that starts at a multiple of 16 bytes; there may be gaps between rows.
+
+    Strides count for a single row, too: libraries check them without looking at the number of rows.
+    """
+    stride = matrix.stride(0)
+    return (
+        matrix.stride(1) == 1
+        and stride >= matrix.shape[1]
+        and stride * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
 def without_the_rest(tensor: Tensor) -> Tensor:
     """A copy of a part of a larger storage, so that the rest can be freed; any other tensor itself.
 

@@ -331,6 +331,34 @@ MALFORMED = {
         "null while block_costs is given",
         "leave",
     ),
+    "unknown dispatch": Bad(
+        "      start_method: popen",
+        "      overlap:\n        dispatch: peer #!",
+        f"{STRATEGY}.overlap.dispatch",
+        "one of auto, blocking, p2p",
+        "",
+    ),
+    "misspelt overlap key": Bad(
+        "      start_method: popen",
+        "      overlap:\n        chunks: source #!",
+        f"{STRATEGY}.overlap.chunks",
+        "chunk",
+        "did you mean 'chunk'?",
+    ),
+    "link without speed": Bad(
+        "      start_method: popen",
+        "      overlap:\n        link_gigabytes_per_second: 0 #!",
+        f"{STRATEGY}.overlap.link_gigabytes_per_second",
+        "greater than 0",
+        "",
+    ),
+    "more groups than experts of a rank": Bad(
+        "      start_method: popen",
+        "      overlap:\n        expert_groups: 5 #!",
+        f"{STRATEGY}.overlap.expert_groups",
+        "at most 4, the experts of a rank",
+        "cost model",
+    ),
     "axis that would split dense layers": Bad(
         "        expert: 2",
         "        expert: 1\n        tensor: 2 #!",
@@ -482,6 +510,10 @@ def test_good_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("        expert: 2", "        pipeline: 2\n      pipeline: {schedule: 1f1b, blocks_per_stage: [0, 2]}"),
         ("        expert: 2", "        pipeline: 2\n      pipeline: {schedule: interleaved-1f1b}"),
         ("      start_method: popen", "      pipeline: {schedule: my_package.schedules:mine, num_microbatches: 4}"),
+        ("      start_method: popen", "      overlap: {}"),
+        ("      start_method: popen", "      overlap: {dispatch: p2p, chunk: expert, expert_groups: 4}"),
+        ("      start_method: popen", "      overlap: {dispatch: blocking, expert_groups: 5}"),
+        ("        expert: 2", "        expert: 1\n      overlap: {expert_groups: 9}"),
     ],
 )
 def test_other_good_recipes(old: str, new: str) -> None:

@@ -14,6 +14,7 @@ from lightning_moe.config import ChronosMoEConfig, MoEConfig, OptimizerConfig
 from lightning_moe.config import chronos as chronos_module
 from lightning_moe.config import moe as moe_module
 from lightning_moe.config import optimizer as optimizer_module
+from lightning_moe.config import overlap as overlap_module
 from lightning_moe.config import parallel as parallel_module
 from lightning_moe.config import series as series_module
 from lightning_moe.config import strategy as strategy_module
@@ -140,6 +141,7 @@ def test_survives_a_dictionary() -> None:
         chronos_module,
         moe_module,
         optimizer_module,
+        overlap_module,
         parallel_module,
         series_module,
         strategy_module,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_moe import MoEStrategy, ParallelConfig, PipelineConfig
+from lightning_moe import MoEStrategy, OverlapConfig, ParallelConfig, PipelineConfig
 from tests.strategy.tiny import gradient, relative_error
 
 
@@ -30,12 +30,14 @@ class Staged:
     """Of the Trainer."""
     config: dict[str, Any] = field(default_factory=dict)
     """More of the PipelineConfig."""
+    overlap: OverlapConfig | None = None
 
     def trainer(self, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
         pipeline = None
         if self.schedule is not None:
             pipeline = PipelineConfig(schedule=self.schedule, num_microbatches=self.microbatches, **self.config)
-        strategy = MoEStrategy(ParallelConfig(pipeline=self.pipeline, **self.axes), pipeline, bucket_megabytes=0.004)
+        parallel = ParallelConfig(pipeline=self.pipeline, **self.axes)
+        strategy = MoEStrategy(parallel, pipeline, self.overlap, bucket_megabytes=0.004)
         defaults = {
             "accelerator": "cpu",
             "devices": int(os.environ["WORLD_SIZE"]),

@@ -6,17 +6,24 @@ Imported by worker processes, so nothing slow is imported here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_moe.config.moe import MoEConfig
+from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.moe.layer import MoELayer
+from lightning_moe.moe.overlap.cost import Rates
+from lightning_moe.moe.overlap.executor import ExpertOverlap
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import ShardSpecs, shard_specs
 from lightning_moe.parallel.state import load_full_state_dict
+from lightning_moe.weight_grad import WeightGradQueue
+from tests.weight_grad.owners import MainGrad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,11 @@ class Case:
     late_sharding: bool = False
     """Build the layer whole and spread it by ``shard_``, instead of building this rank's part."""
     training: bool = True
+    overlap: OverlapConfig | None = None
+    """How the layer overlaps, None for an all-to-all."""
+    rates: Rates | None = None
+    weight_grads: Literal["autograd", "sink", "queue"] = "autograd"
+    """Where the experts' weight gradients go: to autograd, or into float32 sums at once or by way of a queue."""
 
     @property
     def hidden_size(self) -> int:
@@ -114,7 +126,22 @@ def run_ranks(cases: Sequence[Case]) -> list[Result]:
         rank = mesh.global_rank
         mask = None if case.mask is None else case.mask[rank]
         layer = build_layer(case, mesh)
-        results.append(_run(layer, case.hidden[rank], case.cotangent[rank], mask, mesh.world_size))
+        queue = None
+        if case.weight_grads != "autograd":
+            queue = WeightGradQueue() if case.weight_grads == "queue" else None
+            sums = {name: MainGrad(parameter, queue) for name, parameter in layer.experts.named_parameters()}
+        if case.overlap is not None:
+            layer.overlap = ExpertOverlap(case.overlap, case.rates, queue)
+        with queue.capture(0) if queue is not None else nullcontext():
+            result = _run(layer, case.hidden[rank], case.cotangent[rank], mask, mesh.world_size, case.weight_grads)
+        if queue is not None:
+            held = queue.num_held
+            queue.pop_all()
+            assert not queue.live_bytes
+            result.extra = {"held": torch.tensor(held), "run_within": torch.tensor(queue.statistics.run_within)}
+        if case.weight_grads != "autograd":
+            result.grads |= {f"experts.{name}": total.sum for name, total in sums.items()}
+        results.append(result)
     return results
 
 
@@ -124,14 +151,17 @@ def run_single(case: Case) -> Result:
     return _run(build_layer(case, None), torch.cat(case.hidden), torch.cat(case.cotangent), mask, 1)
 
 
-def _run(layer: MoELayer, hidden: Tensor, cotangent: Tensor, mask: Tensor | None, num_ranks: int) -> Result:
+def _run(
+    layer: MoELayer, hidden: Tensor, cotangent: Tensor, mask: Tensor | None, num_ranks: int, sunk: str = "autograd"
+) -> Result:
     hidden = hidden.clone().requires_grad_()
     output, info = layer(hidden, mask)
     loss = (output * cotangent).sum() + (info.auxiliary_loss + info.z_loss) / num_ranks
     loss.backward()
     assert hidden.grad is not None
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    missing = [name for name, grad in grads.items() if grad is None]
+    elsewhere = "" if sunk == "autograd" else "experts."
+    missing = [n for n, grad in grads.items() if grad is None and not (elsewhere and n.startswith(elsewhere))]
     assert not missing, f"no gradient for {missing}"
     return Result(
         output.detach(),

@@ -8,23 +8,52 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_moe.weight_grad import GroupedMatmulGrad
+from lightning_moe.weight_grad import GroupedMatmulGrad, SegmentedMatmulGrad, bounds_of
 from lightning_moe.weight_grad import grouped as grouped_module
+from lightning_moe.weight_grad.grouped import is_worth_one_launch
+from lightning_moe.weight_grad.grouped_segments import Segments
 from tests.weight_grad.test_grouped import offsets_of
+from tests.weight_grad.test_grouped_segments import exact as exact_of_segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 COUNTS = [[0, 1, 31, 32, 33, 300, 0], [0, 0, 0, 5], [129], [128] * 16]
 WIDTHS = [(200, 72), (256, 128), (8, 384)]
+RUNS: list[Segments] = [
+    (((0, 3), (500, 532), (700, 733)), (), ((3, 300), (300, 301), (532, 700)), ((301, 301), (301, 500))),
+    (((10, 300),), ((300, 310),)),
+    ((), ()),
+]
 
 
-def operands(counts: list[int], widths: tuple[int, int], dtype: torch.dtype) -> GroupedMatmulGrad:
-    """Of random rows, between rows that belong to no expert and hold no numbers."""
+def random_rows(num_rows: int, widths: tuple[int, int], gap: int, dtype: torch.dtype) -> list[Tensor]:
+    """Two matrices with gaps between their rows, which hold no numbers."""
     generator = torch.Generator("cuda").manual_seed(0)
+    buffers = [torch.randn(num_rows, width + gap, generator=generator, device="cuda").to(dtype) for width in widths]
+    for buffer, width in zip(buffers, widths, strict=True):
+        buffer[:, width:] = torch.nan
+    return [buffer[:, :width] for buffer, width in zip(buffers, widths, strict=True)]
+
+
+def operands(
+    counts: list[int], widths: tuple[int, int], dtype: torch.dtype, grad_gap: int = 0, gap: int = 0
+) -> GroupedMatmulGrad:
+    """Of random rows, between rows that belong to no expert and hold no numbers."""
     total = sum(counts) + 40
-    left, right = (torch.randn(total, width, generator=generator, device="cuda").to(dtype) for width in widths)
-    left[sum(counts) :], right[sum(counts) :] = float("nan"), float("inf")
+    left, right = random_rows(total, widths, grad_gap, dtype)[0], random_rows(total, widths, gap, dtype)[1]
+    left[sum(counts) :], right[sum(counts) :] = torch.nan, torch.inf
     return GroupedMatmulGrad(left, right, tuple(counts), offsets_of(counts).cuda(), True)
+
+
+def segmented(runs: Segments, widths: tuple[int, int], dtype: torch.dtype, gap: int) -> SegmentedMatmulGrad:
+    """For experts 1, 2, ... of two more than there are runs for; rows of no run hold no numbers."""
+    matrices = random_rows(760, widths, gap, dtype)
+    outside = torch.ones(760, dtype=torch.bool, device="cuda")
+    for start, end in (run for expert in runs for run in expert):
+        outside[start:end] = False
+    for matrix, value in zip(matrices, (torch.nan, torch.inf), strict=True):
+        matrix[outside] = value
+    return SegmentedMatmulGrad(*matrices, runs, bounds_of(runs, torch.device("cuda")), 1, len(runs) + 2)
 
 
 def exact(grad: GroupedMatmulGrad) -> Tensor:
@@ -36,8 +65,11 @@ def exact(grad: GroupedMatmulGrad) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_one_kernel_computes_all_experts(counts: list[int], widths: tuple[int, int], dtype: torch.dtype) -> None:
-    grad = operands(counts, widths, dtype)
+@pytest.mark.parametrize("gaps", [(0, 0), (0, 8), (3, 5)], ids=str)
+def test_one_kernel_computes_all_experts(
+    gaps: tuple[int, int], counts: list[int], widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    grad = operands(counts, widths, dtype, *gaps)
     expected = exact(grad)
     written = torch.full_like(expected, float("nan"), dtype=torch.float32)
     assert grad._launches_once(written)
@@ -67,3 +99,89 @@ def test_experts_with_much_work_have_a_launch_each(monkeypatch: pytest.MonkeyPat
     assert not grad._launches_once(out)
     grad.add_to(out, accumulate=False)
     torch.testing.assert_close(out.double(), exact(grad), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("widths", [*WIDTHS, (13, 7)], ids=str)
+@pytest.mark.parametrize("runs", RUNS, ids=range(len(RUNS)))
+@pytest.mark.parametrize("gap", [0, 8, 3])
+@pytest.mark.parametrize("once", [True, False], ids=["one launch", "a launch for each run"])
+def test_experts_with_several_runs_of_rows(
+    once: bool,
+    gap: int,
+    runs: Segments,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Written, added and returned; by one kernel, or by one product for each run."""
+    if not once:
+        monkeypatch.setattr(grouped_module, "_WORTH_A_LAUNCH", 0)
+    grad = segmented(runs, widths, dtype, gap)
+    expected = exact_of_segments(grad)
+    written = torch.full_like(expected, torch.nan, dtype=torch.float32)
+    assert is_worth_one_launch(grad.rows, written, grad.num_rows) == once
+    grad.add_to(written, accumulate=False)
+    torch.testing.assert_close(written.double(), expected, rtol=1e-5, atol=1e-4)
+    before = torch.randn_like(written)
+    added = before.clone()
+    grad.add_to(added, accumulate=True)
+    torch.testing.assert_close(added.double(), before.double() + expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(added[[0, -1]], before[[0, -1]])
+    computed = grad.compute()
+    assert computed.dtype == dtype
+    # cuBLAS may round partial sums.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        computed.double(), expected, rtol=(0.51 if once else 2) * eps, atol=1e-4 if once else 0.2
+    )
+    assert not computed[[0, -1]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_runs_of_rows_in_other_dtypes(dtype: torch.dtype) -> None:
+    grad = segmented(RUNS[0], (200, 72), dtype, 4)
+    main = torch.full((6, 200, 72), torch.nan, dtype=dtype, device="cuda")
+    grad.add_to(main, accumulate=False)
+    torch.testing.assert_close(main.double(), exact_of_segments(grad), rtol=1e-5, atol=1e-3)
+
+
+def test_sums_over_runs_are_the_same_in_every_repetition() -> None:
+    grad = segmented(RUNS[0], (512, 384), torch.bfloat16, 8)
+    first = torch.zeros(6, 512, 384, device="cuda")
+    grad.add_to(first, accumulate=True)
+    computed = grad.compute()
+    for _ in range(100):
+        out = torch.zeros_like(first)
+        grad.add_to(out, accumulate=True)
+        assert torch.equal(first, out)
+        assert torch.equal(computed, grad.compute())
+
+
+def test_gaps_and_runs_do_not_change_the_bits() -> None:
+    """Rows in one run, with or without gaps, are added up in the same order by the same kernel."""
+    plain = operands([700, 0, 513, 90], (512, 384), torch.bfloat16)
+    out = torch.zeros(3, 4, 512, 384, device="cuda")
+    plain.add_to(out[0], accumulate=False)
+    gapped = replace(plain, rows=torch.nn.functional.pad(plain.rows, (0, 8))[:, :384])
+    gapped.add_to(out[1], accumulate=False)
+    ends = [700, 700, 1213, 1303]
+    runs = tuple(((end - count, end),) for end, count in zip(ends, plain.counts, strict=True))
+    bounds = bounds_of(runs, torch.device("cuda"))
+    SegmentedMatmulGrad(plain.grad_output, plain.rows, runs, bounds, 0, 4).add_to(out[2], accumulate=False)
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[0], out[2])
+
+
+def test_the_host_does_not_wait_for_bounds() -> None:
+    """Nor for anything else in a weight gradient."""
+    grad = segmented(RUNS[0], (200, 72), torch.bfloat16, 8)
+    main = torch.zeros(6, 200, 72, device="cuda")
+    grad.add_to(main, accumulate=True)  # kernels are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bounds = bounds_of(RUNS[0], torch.device("cuda"))
+        replace(grad, bounds=bounds).add_to(main, accumulate=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(main.double(), exact_of_segments(grad), rtol=1e-5, atol=1e-4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moe.weight_grad import GroupedMatmulGrad, attach_sink, can_group, grouped_linear
+from lightning_moe.weight_grad import GroupedMatmulGrad, attach_sink, can_group, grouped_linear, grouped_product
 from lightning_moe.weight_grad import grouped as grouped_module
 from tests.weight_grad.test_linear import Collector
 
@@ -190,17 +190,60 @@ def test_rules_agree_with_torch(dtype: torch.dtype, width: int, out: int) -> Non
     assert can_group(rows, weight) == grouped_mm_accepts(rows, weight)
 
 
+@pytest.mark.parametrize("num_rows", [5, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gap", [0, 1, 2, 4, 8, 12])
+def test_rules_on_gaps_between_rows_agree_with_torch(gap: int, dtype: torch.dtype, num_rows: int) -> None:
+    """Also of a single row, which counts as contiguous whatever its stride."""
+    rows, weight = torch.randn(num_rows, 16 + gap).to(dtype)[:, :16], torch.randn(3, 8, 16).to(dtype)
+    assert can_group(rows, weight) == grouped_mm_accepts(rows, weight) == (gap * dtype.itemsize % 16 == 0)
+
+
 def test_rules_on_layout() -> None:
     rows, weight = torch.randn(5, 8), torch.randn(3, 16, 8)
     assert can_group(rows, weight)
     assert not can_group(rows.double(), weight)
     assert not can_group(rows.bfloat16(), weight)
     assert not can_group(rows, torch.randn(3, 8, 16).transpose(1, 2))
-    assert not can_group(torch.randn(5, 16)[:, :8], weight)
+    assert not can_group(torch.randn(8, 5).t(), weight)
+    assert not can_group(torch.randn(1, 8).expand(5, 8), weight)
     flat = torch.randn(3 * 16 * 8 + 1)
     assert not can_group(rows, flat[1:].view(3, 16, 8))  # starts 4 bytes off
+    assert not can_group(flat[1:61].view(5, 12)[:, :8], weight)
     assert not can_group(rows.to("meta"), weight.to("meta"))
     assert not can_group(rows[:0], weight)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gap", [8, 3], ids=["aligned", "not aligned"])
+def test_gaps_between_rows_change_nothing(gap: int, dtype: torch.dtype, grouped: bool) -> None:
+    """They hold no numbers, and neither forward nor either gradient reads them."""
+    expected = run(COUNTS[0], dtype, grouped)
+    rows, weight = operands(COUNTS[0], dtype)
+    buffer = torch.full((9, 32 + gap), torch.nan, dtype=dtype)
+    buffer[:, :32] = rows.detach()
+    gapped = buffer[:, :32].requires_grad_()
+    output = grouped_linear(gapped, weight, COUNTS[0], offsets_of(COUNTS[0]), grouped)
+    cotangent = torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype)
+    actual = [output, *torch.autograd.grad(output, (gapped, weight), cotangent)]
+    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
+    for value, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+    mains = []
+    for operand in (gapped.detach(), rows.detach()):
+        mains.append(torch.full(weight.shape, torch.nan))
+        grad = GroupedMatmulGrad(cotangent, operand, tuple(COUNTS[0]), offsets_of(COUNTS[0]), grouped and gap == 8)
+        grad.compact().add_to(mains[-1], accumulate=False)
+    torch.testing.assert_close(*mains, rtol=1e-5, atol=1e-5)
+
+
+def test_the_product_alone() -> None:
+    rows, weight = operands(COUNTS[0], torch.float32)
+    matrices = weight.detach().transpose(-2, -1)
+    for grouped in (True, False):
+        out = grouped_product(rows.detach(), matrices, COUNTS[0], offsets_of(COUNTS[0]), grouped)
+        assert torch.equal(out, run(COUNTS[0], torch.float32, grouped)[0])
 
 
 @pytest.mark.parametrize(("width", "out"), [(6, 8), (8, 6), (7, 5)])

@@ -1,0 +1,47 @@
+"""How expert and attention layers hide their communication (torch-free)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from lightning_moe.config.ranges import Rule, above, at_least, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapConfig:
+    """Exchange of tokens under computation, in expert layers and in attention over the axis ``context``.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_least("expert_groups", 1),
+        at_least("attention_chunks", 1),
+        above("link_gigabytes_per_second", 0.0),
+        above("gemm_teraflops", 0.0),
+    )
+
+    dispatch: Literal["auto", "blocking", "p2p"] = "auto"
+    """How tokens reach their experts: one all-to-all that is waited for, messages between pairs of ranks under
+    computation, or whichever a cost model finds faster on this machine."""
+    chunk: Literal["auto", "source", "expert"] = "auto"
+    """What a message holds: the rows of one rank, those of some experts from all ranks, or as the cost model says."""
+    expert_groups: int | None = None
+    """Number of groups that a rank's experts are exchanged in, with ``chunk: expert``; null asks the cost model."""
+    save: Literal["fc1", "recompute", "redispatch"] = "fc1"
+    """What backward keeps: rows and the first projection's output, rows alone (it computes that projection again), or
+    neither (it exchanges the rows again, too)."""
+    attention_chunks: int | None = None
+    """Number of parts that attention's heads are exchanged in over the axis ``context``; 1 does not overlap, null takes
+    2 where the heads allow it and ``dispatch`` is not ``blocking``."""
+    link_gigabytes_per_second: float | None = None
+    """What a rank can send to others, for the cost model; null measures it when training starts."""
+    gemm_teraflops: float | None = None
+    """Rate of the experts' matrix products, for the cost model; null measures it when training starts."""
+    wait_at_once: bool = False
+    """Whether every message is waited for where it is sent: the same computation without overlap, to measure or debug."""
+
+    def __post_init__(self) -> None:
+        validate(self, "overlap", self.rules)

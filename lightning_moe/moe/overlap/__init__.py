@@ -1,0 +1,1 @@
+"""Expert layers whose exchange of rows hides under computation."""

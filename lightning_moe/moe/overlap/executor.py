@@ -1,0 +1,198 @@
+"""Decides, call by call, how an expert layer exchanges its rows, and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_moe.config.overlap import OverlapConfig
+from lightning_moe.moe.dispatch import RowCounts
+from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes, chunk_offsets
+from lightning_moe.moe.overlap.cost import LayerShape, Prediction, Rates, choose, predict
+from lightning_moe.moe.overlap.function import Waiting, collect, exchange_and_compute, pack
+from lightning_moe.moe.overlap.plan import Chunking, plan_exchange
+from lightning_moe.moe.overlap.transport import ChunkExchange, SimulatedLink
+from lightning_moe.moe.rows_to_send import RowsToSend
+from lightning_moe.parallel.layout import Axis
+from lightning_moe.weight_grad.queue import WeightGradQueue
+from lightning_moe.weight_grad.sink import WeightGrad
+
+if TYPE_CHECKING:
+    from lightning_moe.moe.layer import MoELayer
+
+_TALL = 256
+"""Rows of one source and expert from which a grouped product runs well; for chunks without measured rates."""
+_GRAD_GROUPS = 4
+"""Parts that each weight's gradient is computed in, so that they fit into waits."""
+
+
+class ExpertOverlap:
+    """How expert layers overlap; made by the strategy and shared by its layers.
+
+    Args:
+        config: What the user wants.
+        rates: Measured rates, equal on all ranks; None where the config leaves nothing to be chosen, else ``auto``
+            means messages between pairs of ranks, in chunks by source if these are tall.
+        queue: Deferred weight gradients, which are computed in the waits that the rates predict.
+        link: Simulated speed, on CPUs.
+    """
+
+    def __init__(
+        self,
+        config: OverlapConfig,
+        rates: Rates | None = None,
+        queue: WeightGradQueue | None = None,
+        link: SimulatedLink | None = None,
+    ) -> None:
+        self.config, self.rates, self.queue, self.link = config, rates, queue, link
+        self._chosen: dict[LayerShape, Chunking | None] = {}
+        self._predicted: dict[tuple[LayerShape, Chunking, bool], Prediction] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertOverlap:
+        return self  # copies of a layer, as averaging callbacks make them, exchange rows in the same way
+
+    def begin(self, layer: MoELayer, tokens: Tensor, weights: Tensor, sending: RowsToSend) -> OverlappedRows:
+        """Begin a call, before the other ranks have said what they send.
+
+        Args:
+            layer: The layer.
+            tokens: ``[T, D]`` in the dtype of the computation.
+            weights: ``[T, K]``.
+            sending: What this rank sends.
+        """
+        return OverlappedRows(self, layer, tokens, weights, sending)
+
+    @torch.no_grad()
+    def serve(self, layer: MoELayer, tokens: Tensor, slots: Tensor, counts: RowCounts) -> None:
+        """Take part in a call with no rows of this rank's.
+
+        Args:
+            layer: The layer.
+            tokens: ``[0, D]`` in the dtype of the rows.
+            slots: int64 ``[0, K]``.
+            counts: Rows that each rank sends to each slot.
+        """
+        sizes = slots.new_zeros(len(counts.numbers[0]))
+        weights = torch.empty(slots.shape, dtype=torch.float32, device=slots.device)
+        rows = self.begin(layer, tokens, weights, RowsToSend.of(slots, None, sizes, padded=False))
+        rows.finish(counts, tokens.dtype, replaying=False)
+
+    def chunking(self, shape: LayerShape) -> Chunking | None:
+        """How calls of this shape are cut into chunks; None for an all-to-all."""
+        if shape not in self._chosen:
+            self._chosen[shape] = self._choose(shape)
+        return self._chosen[shape]
+
+    def filler(self, shape: LayerShape, chunking: Chunking) -> Callable[[bool, int], None]:
+        """What offers the idle time of a call's waits to the queue."""
+
+        def fill(backward: bool, position: int) -> None:
+            queue, rates = self.queue, self.rates
+            if queue is None or rates is None or not queue.num_held:
+                return
+            key = shape, chunking, backward
+            if key not in self._predicted:
+                self._predicted[key] = predict(shape, rates, chunking, backward=backward, save=self.config.save)
+            idle = self._predicted[key].idle
+            if position < len(idle) and idle[position] > 0:
+                queue.run_within(idle[position], self._seconds)
+
+        return fill
+
+    def _choose(self, shape: LayerShape) -> Chunking | None:
+        config = self.config
+        if config.dispatch == "blocking":
+            return None
+        if self.rates is not None:
+            return choose(shape, self.rates, config)
+        by = config.chunk
+        if by == "auto":
+            by = "source" if shape.rows >= _TALL * shape.ranks * shape.local_slots else "expert"
+        groups = 1 if by == "source" else min(config.expert_groups or 4, shape.local_slots)
+        return Chunking(by, groups)
+
+    def _seconds(self, grad: WeightGrad) -> float:
+        assert self.rates is not None
+        # The tallest products of the table: rows per expert are not known of any weight gradient.
+        return grad.flops / self.rates.flops_per_second(float("inf")) + self.rates.launch
+
+
+class OverlappedRows:
+    """The routed experts of one call: rows are packed at once, and the rest follows when the counts are known."""
+
+    def __init__(
+        self, overlap: ExpertOverlap, layer: MoELayer, tokens: Tensor, weights: Tensor, sending: RowsToSend
+    ) -> None:
+        self._overlap, self._layer = overlap, layer
+        self._tokens, self._weights, self._sending = tokens, weights, sending
+        self._routes: RowRoutes | None = None
+        self._payload: Tensor | None = None
+        self._waiting = Waiting()
+        if sending.count is not None and overlap.config.dispatch == "p2p":
+            self._pack(sending.count)
+
+    def finish(self, counts: RowCounts, dtype: torch.dtype, *, replaying: bool) -> Tensor:
+        """Exchange the rows, and compute.
+
+        Args:
+            counts: Rows that each rank sends to each slot.
+            dtype: Dtype of the result.
+            replaying: Whether a checkpointed function runs again.
+
+        Returns:
+            ``[T, D]``.
+        """
+        layer, rank = self._layer, self._layer.mesh.rank(Axis.EXPERT_MODEL)
+        up, down = layer.experts.projections
+        shape = _shape_of(counts, self._tokens, up, down)
+        chunking = self._overlap.chunking(shape)
+        if chunking is None:
+            return layer.run_experts(self._tokens, self._weights, self._sending.plan(counts, rank), dtype)
+        if self._payload is None:
+            self._pack(sum(counts.numbers[rank]))
+        assert self._routes is not None
+        assert layer.expert_group is not None
+        config, plan = self._overlap.config, plan_exchange(counts.numbers, rank, chunking)
+        call = self._waiting.call = OverlappedCall(
+            plan,
+            self._routes,
+            ChunkExchange(layer.expert_group, self._overlap.link, config.wait_at_once),
+            chunk_offsets(plan, self._tokens.device),
+            layer.experts.activation,
+            layer.experts.grouped_gemm,
+            config.save,
+            _GRAD_GROUPS,
+            replaying,
+            self._overlap.filler(shape, chunking),
+        )
+        again = None
+        if config.save == "redispatch":
+            again = self._tokens.detach(), self._weights.detach()
+        assert self._payload is not None
+        with torch.autocast(self._tokens.device.type, enabled=False):
+            rows = exchange_and_compute(self._payload, up, down, again, call)
+            self._payload = None  # nothing needs it once its rows have left
+            return collect(rows, call, dtype)
+
+    def _pack(self, num_rows: int) -> None:
+        self._routes = self._sending.routes(num_rows)
+        self._payload = pack(self._tokens, self._weights, self._routes, self._waiting)
+
+
+def _shape_of(counts: RowCounts, tokens: Tensor, up: Tensor, down: Tensor) -> LayerShape:
+    """The call's shape, equal on all ranks; rows rounded, so that few different ones are met."""
+    ranks = len(counts.numbers)
+    rows = sum(map(sum, counts.numbers)) / ranks
+    step = 2 ** max(0, int(rows).bit_length() - 4)  # to an eighth or less
+    return LayerShape(
+        ranks=ranks,
+        local_slots=up.shape[0],
+        hidden=tokens.shape[1],
+        up_width=up.shape[1],
+        inner=down.shape[2],
+        rows=max(1, round(rows / step) * step),
+        itemsize=tokens.element_size(),
+    )

@@ -1,0 +1,300 @@
+"""Exchange and experts as one pipeline over chunks, forward and backward.
+
+T tokens, K choices of each, R rows of the send buffer, C rows that this rank computes, E local slots, D model width,
+U and F widths of an expert's first projection and of its activation.
+
+[Note: three functions]
+:func:`pack` makes the send buffer, :func:`exchange_and_compute` sends, computes and sends back, :func:`collect` adds up
+each token's rows. What the second one posts last is waited for by the third, in backward by the first. So what
+autograd does in between hides communication, too: the shared expert, which is called after :func:`pack`, runs forward
+while the host learns the row counts and backward while gradients return (autograd runs what was called later first).
+
+[Note: order of a call]
+All dispatches are posted first. The own rows' first projection covers them. Then each chunk is waited for, computed and
+posted back; the own rows' second projection covers the last returns. Backward does the same with gradients, and what
+covers the last returns is the weight gradients: those that no queue takes for later.
+
+[Note: probabilities]
+The router's weight multiplies the activation before the second projection, so a token's rows are simply added up, and
+the rows that come back are not kept. Weights ride in the rows' pads, their gradients in those of the rows' gradients
+(see payload.py); both would otherwise be exchanges of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_moe.moe.overlap import payload as rows_with_pads
+from lightning_moe.moe.overlap import scaled_activation
+from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes
+from lightning_moe.moe.overlap.plan import Chunk
+from lightning_moe.moe.rows import sum_choices, take_rows
+from lightning_moe.weight_grad.grouped import can_group, grouped_product
+from lightning_moe.weight_grad.grouped_segments import SegmentedMatmulGrad, bounds_of
+from lightning_moe.weight_grad.sink import WeightGradSink, sink_of
+
+
+class Waiting:
+    """What :func:`pack` is told later: the call, whose gradients its backward waits for."""
+
+    call: OverlappedCall | None = None
+
+
+def pack(tokens: Tensor, weights: Tensor, routes: RowRoutes, waiting: Waiting) -> Tensor:
+    """The send buffer.
+
+    Args:
+        tokens: ``[T, D]`` in the dtype of the computation.
+        weights: ``[T, K]``.
+        routes: Choices and rows.
+        waiting: To be told of the call.
+
+    Returns:
+        ``[R, D + pad]``.
+    """
+    payload: Tensor = _Pack.apply(tokens, weights, routes, waiting)  # type: ignore[no-untyped-call]
+    return payload
+
+
+def exchange_and_compute(
+    payload: Tensor, up: Tensor, down: Tensor, again: tuple[Tensor, Tensor] | None, call: OverlappedCall
+) -> Tensor:
+    """Send rows to their experts, compute, and begin to send the results back.
+
+    Args:
+        payload: The send buffer ``[R, D + pad]``.
+        up: ``[E, U, D]``; its gradients go to its sink, if it has one.
+        down: ``[E, D, F]``; likewise.
+        again: Tokens and weights to make the send buffer of once more, where backward exchanges it again.
+        call: The call.
+
+    Returns:
+        ``[R, D]``, for :func:`collect` alone: it may not have arrived.
+    """
+    tokens, weights = again or (None, None)
+    rows: Tensor = _Experts.apply(payload, up, down, tokens, weights, call)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def collect(rows: Tensor, call: OverlappedCall, dtype: torch.dtype) -> Tensor:
+    """Wait for the rows ``[R, D]`` and add up each token's: ``[T, D]`` in ``dtype``."""
+    out: Tensor = _Collect.apply(rows, call, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Pack(torch.autograd.Function):
+    """The send buffer ``[R, D + pad]`` from tokens ``[T, D]`` and weights ``[T, K]``."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weights: Tensor, routes: RowRoutes, waiting: Waiting) -> Tensor:
+        ctx.routes, ctx.waiting, ctx.dtypes = routes, waiting, (tokens.dtype, weights.dtype)
+        return rows_with_pads.pack(tokens, weights, routes.choice_of_row, routes.row_filled)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        routes: RowRoutes = ctx.routes
+        if ctx.waiting.call is not None:
+            ctx.waiting.call.wait_for_grads()
+        tokens, weights = rows_with_pads.sum_back(
+            grads, routes.row_of_choice, routes.choice_sent, routes.top_k, *ctx.dtypes
+        )
+        return tokens, weights, None, None
+
+
+class _Experts(torch.autograd.Function):
+    """The experts' rows ``[R, D]``, on their way back, from the send buffer and the experts' weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        payload: Tensor,
+        up: Tensor,
+        down: Tensor,
+        tokens: Tensor | None,
+        weights: Tensor | None,
+        call: OverlappedCall,
+    ) -> Tensor:
+        plan = call.plan
+        rows = payload.new_empty((plan.num_computed, payload.shape[1]))
+        regions = call.regions(rows)
+        arrivals = _dispatch(call, payload, regions)
+        regions[0].copy_(payload[call.own_rows])
+        matrices = _Matrices(up, down, payload.dtype, call)
+        projected = [matrices.project(0, regions[0])]
+        inner = _activate(projected[0], regions[0], call)
+        returned = payload.new_empty((plan.num_sent, up.shape[2]))
+        for i, chunk in _remote(call):
+            call.fill(False, i - 1)
+            arrivals[i - 1].wait()
+            projected.append(matrices.project(i, regions[i]))
+            results = matrices.project_down(i, _activate(projected[i], regions[i], call))
+            call.returning.append(call.exchange.give_back(chunk, results, returned))
+            if call.save != "fc1":
+                projected[i] = results.new_empty(0)
+        returned[call.own_rows] = matrices.project_down(0, inner)
+        if call.settle:
+            call.wait_for_rows()
+        ctx.call, ctx.sinks = call, (sink_of(up), sink_of(down))
+        if call.save == "fc1":
+            ctx.save_for_backward(up, down, rows, *projected)
+        elif call.save == "recompute":
+            ctx.save_for_backward(up, down, rows)
+        else:
+            assert tokens is not None, "the send buffer is packed again"
+            assert weights is not None, "the send buffer is packed again"
+            ctx.save_for_backward(up, down, tokens, weights)
+        return returned
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call: OverlappedCall = ctx.call
+        up, down, *saved = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = _backward(call, grad.contiguous(), (up, down), saved, ctx.sinks, ctx.needs_input_grad)
+        return *grads, None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Tokens ``[T, D]`` as sums of their choices' rows ``[R, D]``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, call: OverlappedCall, dtype: torch.dtype) -> Tensor:
+        ctx.routes, ctx.dtype = call.routes, rows.dtype
+        call.wait_for_rows()
+        routes = call.routes
+        return sum_choices(rows, routes.row_of_choice, routes.choice_sent, None, routes.top_k, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        routes: RowRoutes = ctx.routes
+        return take_rows(grad.to(ctx.dtype), routes.choice_of_row // routes.top_k, routes.row_filled), None, None
+
+
+class _Matrices:
+    """The experts' weights in the dtype of the computation, and their products with the rows of a chunk."""
+
+    def __init__(self, up: Tensor, down: Tensor, dtype: torch.dtype, call: OverlappedCall) -> None:
+        self.up, self.down, self._call = up.detach().to(dtype), down.detach().to(dtype), call
+
+    def project(self, i: int, region: Tensor) -> Tensor:
+        """The first projection ``[rows, U]`` of a chunk's region of payload rows."""
+        return self._product(i, rows_with_pads.hidden_of(region), self.up, transposed=True)
+
+    def project_down(self, i: int, inner: Tensor) -> Tensor:
+        """The second projection ``[rows, D]``."""
+        return self._product(i, inner, self.down, transposed=True)
+
+    def grad_inner(self, i: int, grad: Tensor) -> Tensor:
+        """The gradient of the second projection's input, ``[rows, F]``."""
+        return self._product(i, grad, self.down, transposed=False)
+
+    def grad_hidden(self, i: int, grad: Tensor) -> Tensor:
+        """The gradient of the first projection's input, ``[rows, D]``."""
+        return self._product(i, grad, self.up, transposed=False)
+
+    def _product(self, i: int, left: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+        chunk = self._call.plan.chunks[i]
+        weight = weight[chunk.slots]
+        grouped = self._call.grouped_gemm and can_group(left, weight)
+        matrices = weight.transpose(-2, -1) if transposed else weight
+        return grouped_product(left, matrices, chunk.counts, self._call.offsets[i], grouped)
+
+
+def _backward(
+    call: OverlappedCall,
+    grad: Tensor,
+    weights: tuple[Tensor, Tensor],
+    saved: Sequence[Tensor],
+    sinks: tuple[WeightGradSink | None, WeightGradSink | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    plan, routes = call.plan, call.routes
+    rows, *projected = saved
+    rows_arrivals = []
+    if call.save == "redispatch":
+        tokens, probabilities = saved
+        payload = rows_with_pads.pack(tokens, probabilities, routes.choice_of_row, routes.row_filled)
+        rows, projected = payload.new_empty((plan.num_computed, payload.shape[1])), []
+        rows_arrivals = _dispatch(call, payload, call.regions(rows))
+        call.regions(rows)[0].copy_(payload[call.own_rows])
+    width = rows.shape[1]
+    grads = grad.new_empty((plan.num_computed, grad.shape[1]))
+    regions, incoming = call.regions(rows), call.regions(grads)
+    arrivals = _dispatch(call, grad, incoming)
+    incoming[0].copy_(grad[call.own_rows])
+    matrices = _Matrices(*weights, grad.dtype, call)
+    grad_projected = grad.new_empty((plan.num_computed, weights[0].shape[1]))
+    inner = grad.new_empty((plan.num_computed, weights[1].shape[2]))
+    back = grad.new_empty((plan.num_sent, width))
+    for i, chunk in enumerate(plan.chunks):
+        if i and rows_arrivals:
+            rows_arrivals[i - 1].wait()
+        # Before the gradients are waited for: it needs none of them.
+        first = projected[i] if projected else matrices.project(i, regions[i])
+        if i:
+            call.fill(True, i - 1)
+            arrivals[i - 1].wait()
+        grad_first = call.regions(grad_projected)[i]
+        grad_probabilities = scaled_activation.backward(
+            first,
+            rows_with_pads.probabilities_of(regions[i]),
+            matrices.grad_inner(i, incoming[i]),
+            call.activation,
+            grad_first,
+            call.regions(inner)[i],
+        )
+        if not needed[0]:
+            continue
+        out = grad.new_empty((chunk.rows, width)) if i else back[call.own_rows]
+        rows_with_pads.put_back(matrices.grad_hidden(i, grad_first), grad_probabilities, out)
+        if i:
+            call.returning_grads.append(call.exchange.give_back(chunk, out, back))
+    hidden = rows_with_pads.hidden_of(rows)
+    operands = ((grad_projected, hidden), (grads, inner))
+    found = [
+        _weight_grad(call, *pair, weight, sink) if wanted else None
+        for pair, weight, sink, wanted in zip(operands, weights, sinks, needed[1:3], strict=True)
+    ]
+    return back if needed[0] else None, *found
+
+
+def _dispatch(call: OverlappedCall, source: Tensor, regions: Sequence[Tensor]) -> list[Any]:
+    """Post the rows of all remote chunks."""
+    return [call.exchange.dispatch(chunk, source, regions[i]) for i, chunk in _remote(call)]
+
+
+def _remote(call: OverlappedCall) -> list[tuple[int, Chunk]]:
+    return list(enumerate(call.plan.chunks))[1:]
+
+
+def _activate(projected: Tensor, region: Tensor, call: OverlappedCall) -> Tensor:
+    return scaled_activation.forward(projected, rows_with_pads.probabilities_of(region), call.activation)
+
+
+def _weight_grad(
+    call: OverlappedCall, grad_output: Tensor, rows: Tensor, weight: Tensor, sink: WeightGradSink | None
+) -> Tensor | None:
+    """Hand a weight's gradient to its sink, in parts that fit between other work; or return it, for autograd."""
+    num_slots = weight.shape[0]
+
+    def part(start: int, stop: int) -> SegmentedMatmulGrad:
+        segments = tuple(tuple(runs) for runs in call.plan.segments(slice(start, stop)))
+        bounds = bounds_of(segments, rows.device)
+        return SegmentedMatmulGrad(grad_output, rows, segments, bounds, start, num_slots)
+
+    if sink is not None:
+        groups = min(call.grad_groups, num_slots)
+        edges = [num_slots * g // groups for g in range(groups + 1)]
+        # A sink takes all parts or none: what it answers depends on the pass, not on the part.
+        if all(sink.take(part(a, b)) for a, b in pairwise(edges)):
+            return None
+    return part(0, num_slots).compute().to(weight.dtype)
