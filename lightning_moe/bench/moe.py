@@ -45,14 +45,14 @@ def measure(size: LayerSize, options: argparse.Namespace, mesh: ParallelMesh, de
     contest = Contest(size, options, mesh, device)
     contestants = contest.contestants()
     found = contest.rounds.run(contestants, warmup=options.warmup, steps=options.steps)
-    errors = contest.compare(contestants)
+    errors, equal = contest.compare(contestants)
     run: dict[str, Any] = {
         "shape": asdict(size),
         "load": contest.load(),
         "rates": None if contest.rates is None else asdict(contest.rates),
         "reference": contestants[0].name,
         "simulated_link": contest.link is not None,
-        "bitwise_equal": errors.get("p2p", {}).get("bitwise_equal_to_waiting"),
+        "bitwise_equal": equal,
         "hidden_fraction": None,
         "results": [{"name": name} | series.summary() | errors.get(name, {}) for name, series in found.items()],
     }
@@ -149,6 +149,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--ranks", options.ranks, "at least 2", "a single rank has nothing to exchange")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device", "cuda", "cpu on this machine", "torch finds no CUDA device")
+    if options.device == "cuda" and "RANK" not in os.environ and options.ranks > torch.cuda.device_count():
+        raise ConfigError("--ranks", options.ranks, f"at most {torch.cuda.device_count()}, the GPUs of this machine")
     for name, least in (("warmup", 0), ("steps", 1), ("expert_groups", 1), ("attention_chunks", 1)):
         value = getattr(options, name)
         if value is not None and value < least:

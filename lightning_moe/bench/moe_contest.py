@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -90,8 +90,7 @@ class Contest:
             load_balancing="none",
             auxiliary_loss_coefficient=0.0,
         )
-        torch.manual_seed(0)
-        self.layer = MoELayer(size.hidden, config, mesh).to(device, options.dtype)
+        self.layer = _layer(size.hidden, config, mesh, device, options.dtype)
         self.group = self.layer.expert_group
         self._main: MainGrads | None = None
         if options.main_grads:
@@ -133,26 +132,27 @@ class Contest:
         """``p2p`` over a link of the caller's."""
         return self._ours("p2p", ExpertOverlap(self._config("p2p"), self.rates, link=link))
 
-    def compare(self, contestants: list[Contestant]) -> dict[str, dict[str, Any]]:
-        """What each contestant's results differ from those of the first one, and of ``waiting`` where it runs.
+    def compare(self, contestants: Sequence[Contestant]) -> tuple[dict[str, dict[str, Any]], bool | None]:
+        """Compare outputs and gradients of one step.
 
         Returns:
-            For each contestant but the first what :func:`differences` gives, and for ``p2p`` its ``bitwise_equal`` to
-            ``waiting`` besides, as ``bitwise_equal_to_waiting``.
+            For each contestant but the first what :func:`differences` says of it and the first, and whether ``p2p`` and
+            ``waiting`` are equal bit for bit; None where one of them does not take part.
         """
-        kept: dict[str, dict[str, Tensor]] = {}
+        first, *others = contestants
+        expected = self.rounds.results(first)
         found: dict[str, dict[str, Any]] = {}
-        order = sorted(contestants[1:], key=lambda one: one.name != "waiting")
-        for one in (contestants[0], *order):
-            results = self.rounds.results(one)
-            if one is not contestants[0]:
-                found[one.name] = differences(results, kept[contestants[0].name], self.device)
-            if one.name == "p2p" and "waiting" in kept:
-                equal = differences(results, kept["waiting"], self.device)["bitwise_equal"]
-                found.setdefault("p2p", {})["bitwise_equal_to_waiting"] = equal
-            if one is contestants[0] or one.name == "waiting":
-                kept[one.name] = results
-        return found
+        pair: dict[str, Tensor] | None = None  # results of whichever of the two comes first
+        equal: bool | None = None
+        for one in (first, *others):
+            results = expected if one is first else self.rounds.results(one)
+            if one is not first:
+                found[one.name] = differences(results, expected, self.device)
+            if one.name in ("p2p", "waiting"):
+                if pair is not None:
+                    equal = differences(results, pair, self.device)["bitwise_equal"]
+                pair = results if pair is None else None
+        return found, equal
 
     @torch.no_grad()
     def load(self) -> dict[str, float]:
@@ -223,6 +223,20 @@ class Contest:
             dtype=self.options.dtype,
             config=self._config("p2p"),
         )
+
+
+def _layer(hidden: int, config: MoEConfig, mesh: ParallelMesh, device: torch.device, dtype: torch.dtype) -> MoELayer:
+    """A layer whose experts are drawn on the device: on the host the large ones take a quarter of a minute."""
+    with torch.device("meta"):
+        layer = MoELayer(hidden, config, mesh)
+    slots = layer.slots_of_expert
+    layer.to(dtype).to_empty(device=device)
+    layer.slots_of_expert = slots.to(device)
+    generator = torch.Generator(device).manual_seed(mesh.rank(Axis.EXPERT))
+    with torch.no_grad():
+        for weight in layer.experts.projections:
+            weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+    return layer
 
 
 def _backward(out: Tensor, grad: Tensor) -> None:

@@ -41,7 +41,7 @@ class OverlapConfig:
     gemm_teraflops: float | None = None
     """Rate of the experts' matrix products, for the cost model; null measures it when training starts."""
     wait_at_once: bool = False
-    """Whether every message is waited for where it is sent: the same computation without overlap, to measure or debug."""
+    """Whether every message is waited for where it is sent: the same computation without overlap, for measuring."""
 
     def __post_init__(self) -> None:
         validate(self, "overlap", self.rules)

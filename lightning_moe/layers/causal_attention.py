@@ -58,8 +58,10 @@ class CausalSelfAttention(nn.Module):
         num_kv_heads: Key and value heads ``M`` held here, the number that a :class:`KVCache` needs.
         exchange_chunks: Number of chunks that heads are exchanged in over the axis ``context``, under the computation
             of others (see the note in :mod:`lightning_moe.layers.ulysses_overlap`); 1 exchanges all heads at once and
-            waits for them. As many as fit where a rank has fewer heads. May be changed between forward passes. Chunks
-            read the weights of the projections past their ``forward``, and cannot be differentiated twice.
+            waits for them. As many as fit where a rank has fewer heads. A ``projection`` norm needs all queries, so
+            with it they are projected at once and the chunks begin after it. Chunks read the weights of the
+            projections past their ``forward``, and cannot be differentiated twice. May be changed between forward
+            passes.
         wait_at_once: Whether every chunk is waited for where it is sent: the same computation without overlap.
 
     Raises:

@@ -67,7 +67,7 @@ def test_the_report(ranks: RankPool, tmp_path: Path) -> None:
             assert row["worst"] in ("output", "input", "router.weight", "experts.gate_up_proj", "experts.down_proj")
     assert run["bitwise_equal"] is True
     assert rows["blocking"]["chunking"] is None
-    assert rows["p2p"]["chunking"] == rows["waiting"]["chunking"] == {"by": "source", "groups": 1}
+    assert rows["p2p"]["chunking"] == rows["waiting"]["chunking"] == {"by": "source", "groups": 1, "slot_major": False}
     assert run["rates"]["link_bytes_per_second"] == pytest.approx(0.05e9)
     predicted, waiting = rows["p2p"]["predicted_milliseconds"], rows["waiting"]["predicted_milliseconds"]
     for part in ("forward", "backward"):
@@ -97,7 +97,6 @@ def test_main_gradients_and_skewed_routing(ranks: RankPool) -> None:
     assert report["main_grads"] is True
 
 
-@pytest.mark.slow
 def test_the_setting_of_fluid_moe(ranks: RankPool) -> None:
     report, _ = ranks.run(2, measured, "--fluid", "--warmup", "0", "--steps", "1", init_process_group=False)
     fluid = report["fluid"]
@@ -229,9 +228,13 @@ def test_wrong_values_are_refused_before_anything_starts(
     assert printed.out == ""
 
 
-def test_cuda_is_refused_where_there_is_none(
+def test_gpus_are_refused_where_there_are_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["moe", "--device", "cuda"]) == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert bench.main(["moe", "--ranks", "2"]) == 2
+    assert "--ranks: 2 is not allowed; allowed: at most 1" in capsys.readouterr().err

@@ -138,10 +138,11 @@ def count_differences(mesh: ParallelMesh, case: Case, length: int, width: int, h
         layout = TokenLayout(1, length // mesh.size("context"), context_parallel=True)
         tables = rope(own_sequence(torch.arange(length)[None], mesh, layout), case.dtype, head)
         hidden = own_sequence(random(1, length, width, dtype=case.dtype), mesh, layout)[0]
+        module = build(case, mesh, width, head)
         first: list[Tensor] = []
         differences = 0
         for time in range(times):
-            module = build(replace(case, wait_at_once=time % 2 == 1), mesh, width, head)
+            module.wait_at_once = time % 2 == 1
             sinks = [MainGrad(module.qkv_proj.weight, None), MainGrad(module.o_proj.weight, None)]
             leaf = hidden.clone().requires_grad_()
             output = module(leaf, layout, tables)

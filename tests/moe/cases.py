@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 import torch
@@ -43,6 +44,8 @@ class Case:
     overlap: OverlapConfig | None = None
     """How the layer overlaps, None for an all-to-all."""
     rates: Rates | None = None
+    slot_major: bool = False
+    """Whether rows that are computed lie slot after slot."""
     weight_grads: Literal["autograd", "sink", "queue"] = "autograd"
     """Where the experts' weight gradients go: to autograd, or into float32 sums at once or by way of a queue."""
 
@@ -131,7 +134,9 @@ def run_ranks(cases: Sequence[Case]) -> list[Result]:
             queue = WeightGradQueue() if case.weight_grads == "queue" else None
             sums = {name: MainGrad(parameter, queue) for name, parameter in layer.experts.named_parameters()}
         if case.overlap is not None:
-            layer.overlap = ExpertOverlap(case.overlap, case.rates, queue)
+            layer.overlap = ExpertOverlap(
+                case.overlap, case.rates, queue, large_product=0.0 if case.slot_major else inf
+            )
         with queue.capture(0) if queue is not None else nullcontext():
             result = _run(layer, case.hidden[rank], case.cotangent[rank], mask, mesh.world_size, case.weight_grads)
         if queue is not None:

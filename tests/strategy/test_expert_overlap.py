@@ -288,7 +288,7 @@ def copies() -> None:
     module, data = module_of(Case(spread()))
     staged = replace(spread(expert=2), overlap=OverlapConfig(dispatch="p2p"))
     averaged = EMAWeightAveraging(decay=0.5)
-    fit = staged.trainer(averaged, max_steps=2, precision="64-true", use_distributed_sampler=False)
+    fit: Any = staged.trainer(averaged, max_steps=2, precision="bf16-mixed", use_distributed_sampler=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit.fit(module, sharded(data, BATCH, fit))
@@ -300,6 +300,7 @@ def copies() -> None:
         fit.validate(module, sharded(data, BATCH, fit), verbose=False)
     assert layer.overlap is not None
     assert layer.overlap.rates is overlap.rates, "measured once for a mesh"
+    assert [products.dtype for products in fit.strategy._layer_overlap._rates] == [torch.bfloat16]
     assert not any("overlap" in name for name in network.state_dict())
     tokens = data[0]["tokens"][None]
     with torch.no_grad():

@@ -22,9 +22,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 def operands(dtype: torch.dtype, width: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    left, right = (
-        torch.randn(TOKENS, n, generator=generator, dtype=torch.float64).to(dtype) for n in (width, COLUMNS)
-    )
+    left, right = (torch.randn(TOKENS, n, generator=generator, dtype=torch.float64).to(dtype) for n in (width, COLUMNS))
     return left, right
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lightning_moe.moe.activation import Activation
-from lightning_moe.moe.overlap.plan import ExchangePlan
+from lightning_moe.moe.overlap.plan import ExchangePlan, Piece
 from lightning_moe.moe.overlap.transport import ChunkExchange, Pending
 
 
@@ -40,7 +41,7 @@ class OverlappedCall:
         plan: The chunks.
         routes: Choices and rows.
         exchange: Posts messages.
-        offsets: For each chunk the end of each slot's rows, int32 on the device.
+        offsets: For pieces of several slots the end of each slot's rows, int32 on the device.
         activation: Nonlinearity of the experts.
         grouped_gemm: Whether to use the grouped GEMM where it is available.
         save: What backward keeps; see :class:`~lightning_moe.config.OverlapConfig`.
@@ -54,7 +55,7 @@ class OverlappedCall:
     plan: ExchangePlan
     routes: RowRoutes
     exchange: ChunkExchange
-    offsets: tuple[Tensor, ...]
+    offsets: dict[Piece, Tensor]
     activation: Activation
     grouped_gemm: bool
     save: str
@@ -64,14 +65,14 @@ class OverlappedCall:
     returning: list[Pending] = field(default_factory=list)
     returning_grads: list[Pending] = field(default_factory=list)
 
-    @property
-    def own_rows(self) -> slice:
-        """This rank's own rows in its send buffer."""
-        return slice(self.plan.own_start, self.plan.own_start + self.plan.chunks[0].rows)
-
-    def regions(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        """The chunks' parts of a buffer ``[plan.num_computed, ...]``."""
-        return torch.split(buffer, [chunk.rows for chunk in self.plan.chunks])
+    def own_pieces(self, sent: Tensor) -> list[tuple[Piece, Tensor]]:
+        """This rank's own pieces, each with its rows of a tensor that lies like the send buffer."""
+        found, start = [], self.plan.own_start
+        for piece in self.plan.chunks[0].pieces:
+            stop = start + sum(piece.counts)
+            found.append((piece, sent[start:stop]))
+            start = stop
+        return found
 
     def wait_for_rows(self) -> None:
         """Wait for the rows that come back in forward."""
@@ -88,14 +89,9 @@ class OverlappedCall:
             pending.pop(0).wait()
 
 
-def chunk_offsets(plan: ExchangePlan, device: torch.device) -> tuple[Tensor, ...]:
-    """For each chunk the end of each slot's rows, int32; one copy to the device, which the host does not wait for."""
-    flat, lengths = [], []
-    for chunk in plan.chunks:
-        end = 0
-        for count in chunk.counts:
-            end += count
-            flat.append(end)
-        lengths.append(len(chunk.counts))
-    ends = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return torch.split(ends.to(device, non_blocking=True), lengths)
+def piece_offsets(plan: ExchangePlan, device: torch.device) -> dict[Piece, Tensor]:
+    """For pieces of several slots the end of each slot's rows, int32; one copy to the device, not waited for."""
+    pieces = [piece for chunk in plan.chunks for piece in chunk.pieces if len(piece.counts) > 1]
+    ends = [end for piece in pieces for end in accumulate(piece.counts)]
+    flat = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return dict(zip(pieces, torch.split(flat, [len(piece.counts) for piece in pieces]), strict=True))

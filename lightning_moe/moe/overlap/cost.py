@@ -211,15 +211,14 @@ def _remote_chunks(shape: LayerShape, chunking: Chunking) -> list[_RemoteChunk]:
     others, slots = shape.ranks - 1, shape.local_slots
     per_source = shape.rows / shape.ranks
     if chunking.by == "source":
-        return [_RemoteChunk(per_source, slots, 1)] * others
+        return [_RemoteChunk(per_source, slots, slots if chunking.slot_major else 1)] * others
     if not others:
         return []
     bounds = [slots * g // chunking.groups for g in range(chunking.groups + 1)]
     sizes = [b - a for a, b in pairwise(bounds) if b > a]
-    # What comes from one rank is one message, whatever its slots.
-    return [
-        _RemoteChunk(others * per_source * size / slots, size, others * size if others > 1 else 1) for size in sizes
-    ]
+    # What comes from one rank is one message, whatever its slots, where they follow each other on both sides.
+    apart = others > 1 or chunking.slot_major
+    return [_RemoteChunk(others * per_source * size / slots, size, others * size if apart else 1) for size in sizes]
 
 
 @dataclass(frozen=True)

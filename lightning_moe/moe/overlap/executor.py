@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.moe.dispatch import RowCounts
-from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes, chunk_offsets
+from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes, piece_offsets
 from lightning_moe.moe.overlap.cost import LayerShape, Prediction, Rates, choose, predict
 from lightning_moe.moe.overlap.function import Waiting, collect, exchange_and_compute, pack
 from lightning_moe.moe.overlap.plan import Chunking, plan_exchange
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _TALL = 256
 """Rows of one source and expert from which a grouped product runs well; for chunks without measured rates."""
+_LARGE = 1.6e10
+"""Multiply-adds that take an H200 40 microseconds: much more than it takes to launch a product."""
 _GRAD_GROUPS = 4
 """Parts that each weight's gradient is computed in, so that they fit into waits."""
 
@@ -38,6 +40,8 @@ class ExpertOverlap:
             means messages between pairs of ranks, in chunks by source if these are tall.
         queue: Deferred weight gradients, which are computed in the waits that the rates predict.
         link: Simulated speed, on CPUs.
+        large_product: Multiply-adds of a chunk's rows of one expert from which they have a product of their own, and
+            all rows of an expert follow each other.
     """
 
     def __init__(
@@ -46,8 +50,10 @@ class ExpertOverlap:
         rates: Rates | None = None,
         queue: WeightGradQueue | None = None,
         link: SimulatedLink | None = None,
+        large_product: float = _LARGE,
     ) -> None:
         self.config, self.rates, self.queue, self.link = config, rates, queue, link
+        self._large_product = large_product
         self._chosen: dict[LayerShape, Chunking | None] = {}
         self._predicted: dict[tuple[LayerShape, Chunking, bool], Prediction] = {}
 
@@ -83,7 +89,10 @@ class ExpertOverlap:
     def chunking(self, shape: LayerShape) -> Chunking | None:
         """How calls of this shape are cut into chunks; None for an all-to-all."""
         if shape not in self._chosen:
-            self._chosen[shape] = self._choose(shape)
+            chosen = self._choose(shape)
+            if chosen is not None:
+                chosen = chosen._replace(slot_major=_products(shape, chosen) >= self._large_product)
+            self._chosen[shape] = chosen
         return self._chosen[shape]
 
     def filler(self, shape: LayerShape, chunking: Chunking) -> Callable[[bool, int], None]:
@@ -160,7 +169,7 @@ class OverlappedRows:
             plan,
             self._routes,
             ChunkExchange(layer.expert_group, self._overlap.link, config.wait_at_once),
-            chunk_offsets(plan, self._tokens.device),
+            piece_offsets(plan, self._tokens.device),
             layer.experts.activation,
             layer.experts.grouped_gemm,
             config.save,
@@ -180,6 +189,12 @@ class OverlappedRows:
     def _pack(self, num_rows: int) -> None:
         self._routes = self._sending.routes(num_rows)
         self._payload = pack(self._tokens, self._weights, self._routes, self._waiting)
+
+
+def _products(shape: LayerShape, chunking: Chunking) -> float:
+    """Multiply-adds of the first projection of a chunk's rows of one slot."""
+    sources = 1 if chunking.by == "source" else shape.ranks - 1
+    return sources * shape.rows / shape.ranks / shape.local_slots * shape.hidden * shape.up_width
 
 
 def _shape_of(counts: RowCounts, tokens: Tensor, up: Tensor, down: Tensor) -> LayerShape:

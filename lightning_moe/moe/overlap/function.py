@@ -33,7 +33,8 @@ from torch.autograd.function import once_differentiable
 from lightning_moe.moe.overlap import payload as rows_with_pads
 from lightning_moe.moe.overlap import scaled_activation
 from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes
-from lightning_moe.moe.overlap.plan import Chunk
+from lightning_moe.moe.overlap.plan import Chunk, Piece
+from lightning_moe.moe.overlap.transport import Pending
 from lightning_moe.moe.rows import sum_choices, take_rows
 from lightning_moe.weight_grad.grouped import can_group, grouped_product
 from lightning_moe.weight_grad.grouped_segments import SegmentedMatmulGrad, bounds_of
@@ -121,24 +122,28 @@ class _Experts(torch.autograd.Function):
         weights: Tensor | None,
         call: OverlappedCall,
     ) -> Tensor:
-        plan = call.plan
-        rows = payload.new_empty((plan.num_computed, payload.shape[1]))
-        regions = call.regions(rows)
-        arrivals = _dispatch(call, payload, regions)
-        regions[0].copy_(payload[call.own_rows])
+        rows = payload.new_empty((call.plan.num_computed, payload.shape[1]))
+        arrivals = _dispatch(call, payload, rows)
         matrices = _Matrices(up, down, payload.dtype, call)
-        projected = [matrices.project(0, regions[0])]
-        inner = _activate(projected[0], regions[0], call)
-        returned = payload.new_empty((plan.num_sent, up.shape[2]))
+        projected: list[Tensor] = []
+
+        def first_half(piece: Piece) -> Tensor:
+            own = rows[piece.rows]
+            first = matrices.project(piece, own)
+            if call.save == "fc1" and any(ctx.needs_input_grad):
+                projected.append(first)
+            return scaled_activation.forward(first, rows_with_pads.probabilities_of(own), call.activation)
+
+        _copy_own(call, payload, rows)
+        inner = [first_half(piece) for piece in call.plan.chunks[0].pieces]
+        returned = payload.new_empty((call.plan.num_sent, up.shape[2]))
         for i, chunk in _remote(call):
             call.fill(False, i - 1)
             arrivals[i - 1].wait()
-            projected.append(matrices.project(i, regions[i]))
-            results = matrices.project_down(i, _activate(projected[i], regions[i], call))
+            results = [matrices.project_down(piece, first_half(piece)) for piece in chunk.pieces]
             call.returning.append(call.exchange.give_back(chunk, results, returned))
-            if call.save != "fc1":
-                projected[i] = results.new_empty(0)
-        returned[call.own_rows] = matrices.project_down(0, inner)
+        for (piece, own), activated in zip(call.own_pieces(returned), inner, strict=True):
+            own.copy_(matrices.project_down(piece, activated))
         if call.settle:
             call.wait_for_rows()
         ctx.call, ctx.sinks = call, (sink_of(up), sink_of(down))
@@ -180,33 +185,34 @@ class _Collect(torch.autograd.Function):
 
 
 class _Matrices:
-    """The experts' weights in the dtype of the computation, and their products with the rows of a chunk."""
+    """The experts' weights in the dtype of the computation, and their products with the rows of a piece."""
 
     def __init__(self, up: Tensor, down: Tensor, dtype: torch.dtype, call: OverlappedCall) -> None:
         self.up, self.down, self._call = up.detach().to(dtype), down.detach().to(dtype), call
 
-    def project(self, i: int, region: Tensor) -> Tensor:
-        """The first projection ``[rows, U]`` of a chunk's region of payload rows."""
-        return self._product(i, rows_with_pads.hidden_of(region), self.up, transposed=True)
+    def project(self, piece: Piece, rows: Tensor) -> Tensor:
+        """The first projection ``[rows, U]`` of payload rows."""
+        return self._product(piece, rows_with_pads.hidden_of(rows), self.up.transpose(1, 2))
 
-    def project_down(self, i: int, inner: Tensor) -> Tensor:
+    def project_down(self, piece: Piece, inner: Tensor) -> Tensor:
         """The second projection ``[rows, D]``."""
-        return self._product(i, inner, self.down, transposed=True)
+        return self._product(piece, inner, self.down.transpose(1, 2))
 
-    def grad_inner(self, i: int, grad: Tensor) -> Tensor:
+    def grad_inner(self, piece: Piece, grad: Tensor) -> Tensor:
         """The gradient of the second projection's input, ``[rows, F]``."""
-        return self._product(i, grad, self.down, transposed=False)
+        return self._product(piece, grad, self.down)
 
-    def grad_hidden(self, i: int, grad: Tensor) -> Tensor:
+    def grad_hidden(self, piece: Piece, grad: Tensor) -> Tensor:
         """The gradient of the first projection's input, ``[rows, D]``."""
-        return self._product(i, grad, self.up, transposed=False)
+        return self._product(piece, grad, self.up)
 
-    def _product(self, i: int, left: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
-        chunk = self._call.plan.chunks[i]
-        weight = weight[chunk.slots]
-        grouped = self._call.grouped_gemm and can_group(left, weight)
-        matrices = weight.transpose(-2, -1) if transposed else weight
-        return grouped_product(left, matrices, chunk.counts, self._call.offsets[i], grouped)
+    def _product(self, piece: Piece, left: Tensor, matrices: Tensor) -> Tensor:
+        if len(piece.counts) == 1:
+            return left @ matrices[piece.first_slot]
+        matrices = matrices[piece.slots]
+        stacked = matrices if matrices.is_contiguous() else matrices.transpose(1, 2)
+        grouped = self._call.grouped_gemm and can_group(left, stacked)
+        return grouped_product(left, matrices, piece.counts, self._call.offsets[piece], grouped)
 
 
 def _backward(
@@ -224,40 +230,43 @@ def _backward(
         tokens, probabilities = saved
         payload = rows_with_pads.pack(tokens, probabilities, routes.choice_of_row, routes.row_filled)
         rows, projected = payload.new_empty((plan.num_computed, payload.shape[1])), []
-        rows_arrivals = _dispatch(call, payload, call.regions(rows))
-        call.regions(rows)[0].copy_(payload[call.own_rows])
-    width = rows.shape[1]
+        rows_arrivals = _dispatch(call, payload, rows)
+        _copy_own(call, payload, rows)
     grads = grad.new_empty((plan.num_computed, grad.shape[1]))
-    regions, incoming = call.regions(rows), call.regions(grads)
-    arrivals = _dispatch(call, grad, incoming)
-    incoming[0].copy_(grad[call.own_rows])
+    arrivals = _dispatch(call, grad, grads)
+    _copy_own(call, grad, grads)
     matrices = _Matrices(*weights, grad.dtype, call)
+    kept = iter(projected)
     grad_projected = grad.new_empty((plan.num_computed, weights[0].shape[1]))
     inner = grad.new_empty((plan.num_computed, weights[1].shape[2]))
-    back = grad.new_empty((plan.num_sent, width))
+    back = grad.new_empty((plan.num_sent, rows.shape[1]))
+    own_results = iter(call.own_pieces(back))
     for i, chunk in enumerate(plan.chunks):
+        if i:
+            call.fill(True, i - 1)
         if i and rows_arrivals:
             rows_arrivals[i - 1].wait()
         # Before the gradients are waited for: it needs none of them.
-        first = projected[i] if projected else matrices.project(i, regions[i])
+        firsts = [next(kept) if projected else matrices.project(piece, rows[piece.rows]) for piece in chunk.pieces]
         if i:
-            call.fill(True, i - 1)
             arrivals[i - 1].wait()
-        grad_first = call.regions(grad_projected)[i]
-        grad_probabilities = scaled_activation.backward(
-            first,
-            rows_with_pads.probabilities_of(regions[i]),
-            matrices.grad_inner(i, incoming[i]),
-            call.activation,
-            grad_first,
-            call.regions(inner)[i],
-        )
-        if not needed[0]:
-            continue
-        out = grad.new_empty((chunk.rows, width)) if i else back[call.own_rows]
-        rows_with_pads.put_back(matrices.grad_hidden(i, grad_first), grad_probabilities, out)
-        if i:
-            call.returning_grads.append(call.exchange.give_back(chunk, out, back))
+        results = []
+        for piece, first in zip(chunk.pieces, firsts, strict=True):
+            grad_first = grad_projected[piece.rows]
+            grad_probabilities = scaled_activation.backward(
+                first,
+                rows_with_pads.probabilities_of(rows[piece.rows]),
+                matrices.grad_inner(piece, grads[piece.rows]),
+                call.activation,
+                grad_first,
+                inner[piece.rows],
+            )
+            if needed[0]:
+                out = grad.new_empty((first.shape[0], rows.shape[1])) if i else next(own_results)[1]
+                rows_with_pads.put_back(matrices.grad_hidden(piece, grad_first), grad_probabilities, out)
+                results.append(out)
+        if i and needed[0]:
+            call.returning_grads.append(call.exchange.give_back(chunk, results, back))
     hidden = rows_with_pads.hidden_of(rows)
     operands = ((grad_projected, hidden), (grads, inner))
     found = [
@@ -267,17 +276,19 @@ def _backward(
     return back if needed[0] else None, *found
 
 
-def _dispatch(call: OverlappedCall, source: Tensor, regions: Sequence[Tensor]) -> list[Any]:
+def _dispatch(call: OverlappedCall, source: Tensor, buffer: Tensor) -> list[Pending]:
     """Post the rows of all remote chunks."""
-    return [call.exchange.dispatch(chunk, source, regions[i]) for i, chunk in _remote(call)]
+    return [call.exchange.dispatch(chunk, source, buffer) for _, chunk in _remote(call)]
+
+
+def _copy_own(call: OverlappedCall, source: Tensor, buffer: Tensor) -> None:
+    """Bring this rank's own rows from the send buffer to where they are computed, so that it can be freed."""
+    for piece, own in call.own_pieces(source):
+        buffer[piece.rows].copy_(own)
 
 
 def _remote(call: OverlappedCall) -> list[tuple[int, Chunk]]:
     return list(enumerate(call.plan.chunks))[1:]
-
-
-def _activate(projected: Tensor, region: Tensor, call: OverlappedCall) -> Tensor:
-    return scaled_activation.forward(projected, rows_with_pads.probabilities_of(region), call.activation)
 
 
 def _weight_grad(
@@ -292,7 +303,7 @@ def _weight_grad(
         return SegmentedMatmulGrad(grad_output, rows, segments, bounds, start, num_slots)
 
     if sink is not None:
-        groups = min(call.grad_groups, num_slots)
+        groups = min(call.grad_groups, num_slots) if sink.defers else 1
         edges = [num_slots * g // groups for g in range(groups + 1)]
         # A sink takes all parts or none: what it answers depends on the pass, not on the part.
         if all(sink.take(part(a, b)) for a, b in pairwise(edges)):

@@ -2,9 +2,15 @@
 
 P ranks share the experts of a layer, each holding as many *slots* (experts, or parts of them). A rank's send buffer is
 sorted by slot, so what goes to one rank is one run of rows, and within it what goes to one slot is one run. What a rank
-computes is cut into *chunks*. Chunk 0 is its own rows; it needs no communication and covers the head of the exchange
-and, with its second projection, the tail. Every other chunk has a *region* of rows, sorted by slot and within a slot by
-source, so that each chunk is one grouped product.
+computes is cut into *chunks*, the units of exchange. Chunk 0 is its own rows; it needs no communication and covers the
+head of the exchange and, with its second projection, the tail. All rows that a rank computes lie in one buffer; a chunk
+consists of *pieces*, runs of rows of the buffer that are computed by one product.
+
+[Note: two layouts]
+Chunk after chunk, and within a chunk sorted by slot and then by source: a chunk is one piece, computed by one grouped
+product. That is right for many small experts. Or slot after slot, and within a slot chunk after chunk: a chunk has a
+piece for each slot. All rows of a slot then follow each other, so its weight gradient is a single product, which reads
+and writes the float32 sum of a large expert once; and a product for each piece is as fast as a grouped one.
 
 [Note: ring order]
 Chunks and messages go by ring offset: rank r sends to r + i while it receives from r - i. That is P - 1 rounds for any
@@ -16,17 +22,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 
 class Chunking(NamedTuple):
-    """How remote rows are cut into chunks."""
+    """How remote rows are cut into chunks, and how rows lie."""
 
     by: Literal["source", "expert"]
     """One chunk for each source rank, or one for each group of slots with the rows of all sources."""
     groups: int = 1
     """Groups that the slots form, with ``expert``; 1 with ``source``."""
+    slot_major: bool = False
+    """Whether rows lie slot after slot, instead of chunk after chunk."""
 
 
 class Message(NamedTuple):
@@ -35,37 +43,51 @@ class Message(NamedTuple):
     peer: int
     """Rank within the group."""
     start: int
-    """First row: in the send buffer of what is sent, in the chunk's region of what is received."""
+    """First row: in the send buffer of what is sent, in the computed buffer of what is received."""
     rows: int
+
+
+class Piece(NamedTuple):
+    """A run of rows that one product computes; never empty."""
+
+    start: int
+    """First row in the computed buffer."""
+    first_slot: int
+    """First local slot."""
+    counts: tuple[int, ...]
+    """Rows of each local slot from ``first_slot`` on."""
+
+    @property
+    def rows(self) -> slice:
+        """Its rows of the computed buffer."""
+        return slice(self.start, self.start + sum(self.counts))
+
+    @property
+    def slots(self) -> slice:
+        """Its local slots."""
+        return slice(self.first_slot, self.first_slot + len(self.counts))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are computed together.
+    """Rows that are exchanged together.
 
     Attributes:
         sources: Ranks that they come from, in ring order; for chunk 0 this rank alone.
-        first_slot: First local slot.
-        counts: Rows of each local slot from ``first_slot`` on.
-        receive: What comes, by position in the region; empty for chunk 0.
+        pieces: What is computed, by ascending slots.
+        receive: What comes, by position in the computed buffer; empty for chunk 0.
         send: What this rank sends while others receive the same chunk: positions in the send buffer.
     """
 
     sources: tuple[int, ...]
-    first_slot: int
-    counts: tuple[int, ...]
+    pieces: tuple[Piece, ...]
     receive: tuple[Message, ...]
     send: tuple[Message, ...]
 
     @property
     def rows(self) -> int:
-        """Rows of the region."""
-        return sum(self.counts)
-
-    @property
-    def slots(self) -> slice:
-        """Local slots that it computes."""
-        return slice(self.first_slot, self.first_slot + len(self.counts))
+        """How many rows it has."""
+        return sum(sum(piece.counts) for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -86,27 +108,24 @@ class ExchangePlan:
 
     @property
     def num_computed(self) -> int:
-        """Rows of all chunks."""
+        """Rows of the computed buffer."""
         return sum(chunk.rows for chunk in self.chunks)
 
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """First row of each chunk where all chunks lie one after the other."""
-        starts = [0]
-        for chunk in self.chunks[:-1]:
-            starts.append(starts[-1] + chunk.rows)
-        return tuple(starts)
-
     def segments(self, slots: slice) -> list[list[tuple[int, int]]]:
-        """For each of some local slots, the runs ``(start, end)`` of its rows where chunks lie one after the other.
+        """For each of some local slots, the runs ``(start, end)`` of its rows in the computed buffer.
 
-        In the order of chunks; runs without rows are left out.
+        In the order of chunks; without empty runs, and with runs that follow each other as one.
         """
         found: list[list[tuple[int, int]]] = [[] for _ in range(slots.start, slots.stop)]
-        for start, chunk in zip(self.starts, self.chunks, strict=True):
-            for slot, count in enumerate(chunk.counts, chunk.first_slot):
+        for piece in (piece for chunk in self.chunks for piece in chunk.pieces):
+            start = piece.start
+            for slot, count in enumerate(piece.counts, piece.first_slot):
                 if count and slots.start <= slot < slots.stop:
-                    found[slot - slots.start].append((start, start + count))
+                    runs = found[slot - slots.start]
+                    if runs and runs[-1][1] == start:
+                        runs[-1] = (runs[-1][0], start + count)
+                    else:
+                        runs.append((start, start + count))
                 start += count
         return found
 
@@ -121,39 +140,65 @@ def plan_exchange(counts: Sequence[Sequence[int]], rank: int, chunking: Chunking
     """
     ranks = len(counts)
     local = len(counts[0]) // ranks
-    sent_before = [0]
-    for rows in counts[rank]:
-        sent_before.append(sent_before[-1] + rows)
+    sent_before = list(accumulate(counts[rank], initial=0))
+    # Ring offsets and local slots of each chunk.
+    cuts: list[tuple[range, range]] = [(range(1), range(local))]
+    if chunking.by == "source":
+        cuts += [(range(i, i + 1), range(local)) for i in range(1, ranks)]
+    elif ranks > 1:
+        bounds = [local * g // chunking.groups for g in range(chunking.groups + 1)]
+        cuts += [(range(1, ranks), range(a, b)) for a, b in pairwise(bounds) if b > a]
 
-    def group(offsets: Sequence[int], first: int, stop: int) -> Chunk:
-        sources = [(rank - i) % ranks for i in offsets]
-        receive, send, totals, position = [], [], [], 0
-        for slot in range(first, stop):
-            start = position
-            for source in sources:
-                rows = counts[source][rank * local + slot]
-                receive.append(Message(source, position, rows))
-                position += rows
-            totals.append(position - start)
+    def count(offset: int, slot: int) -> int:
+        return counts[(rank - offset) % ranks][rank * local + slot]
+
+    starts = _starts(
+        [[sum(count(i, slot) for i in offsets) for slot in slots] for offsets, slots in cuts], cuts, chunking
+    )
+    chunks = []
+    for number, (offsets, slots) in enumerate(cuts):
+        receive, send, pieces = [], [], []
+        for slot in slots:
+            position = starts[number, slot]
             for i in offsets:
+                receive.append(Message((rank - i) % ranks, position, count(i, slot)))
+                position += count(i, slot)
                 peer = (rank + i) % ranks
                 column = peer * local + slot
                 send.append(Message(peer, sent_before[column], counts[rank][column]))
-        return Chunk(tuple(sources), first, tuple(totals), _messages(receive), _messages(send))
-
-    own = counts[rank][rank * local : (rank + 1) * local]
-    chunks = [Chunk((rank,), 0, tuple(own), (), ())]
-    if chunking.by == "source":
-        chunks += [group([i], 0, local) for i in range(1, ranks)]
-    elif ranks > 1:
-        bounds = [local * g // chunking.groups for g in range(chunking.groups + 1)]
-        chunks += [group(range(1, ranks), a, b) for a, b in pairwise(bounds) if b > a]
+            pieces.append(Piece(starts[number, slot], slot, (position - starts[number, slot],)))
+        if not chunking.slot_major:
+            pieces = [Piece(pieces[0].start, slots.start, tuple(piece.counts[0] for piece in pieces))]
+        joined = len(offsets) == 1 and not chunking.slot_major
+        chunks.append(
+            Chunk(
+                tuple((rank - i) % ranks for i in offsets),
+                tuple(piece for piece in pieces if sum(piece.counts)),
+                _messages(receive, joined) if number else (),
+                _messages(send, joined) if number else (),
+            )
+        )
     return ExchangePlan(rank, sent_before[-1], sent_before[rank * local], tuple(chunks))
 
 
-def _messages(pieces: list[Message]) -> tuple[Message, ...]:
-    """One message for all pieces if a single peer is concerned, else one for each; none without rows."""
-    if len({piece.peer for piece in pieces}) == 1:
-        # One source's slots follow each other on both sides. With several sources they need not on the receiver's.
+def _starts(
+    totals: Sequence[Sequence[int]], cuts: Sequence[tuple[range, range]], chunking: Chunking
+) -> dict[tuple[int, int], int]:
+    """First row of each chunk's slots in the computed buffer."""
+    keys = [
+        (slot, number, number, slot, total) if chunking.slot_major else (number, slot, number, slot, total)
+        for number, (_, slots) in enumerate(cuts)
+        for slot, total in zip(slots, totals[number], strict=True)
+    ]
+    starts, position = {}, 0
+    for _, _, number, slot, total in sorted(keys):
+        starts[number, slot] = position
+        position += total
+    return starts
+
+
+def _messages(pieces: Sequence[Message], joined: bool) -> tuple[Message, ...]:
+    """One message for all pieces if they follow each other on both sides, else one for each; none without rows."""
+    if joined:
         pieces = [pieces[0]._replace(rows=sum(piece.rows for piece in pieces))]
     return tuple(piece for piece in pieces if piece.rows)

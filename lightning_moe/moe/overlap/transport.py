@@ -43,9 +43,8 @@ class SimulatedLink:
 class Pending:
     """A chunk's messages that are under way. Keeps their tensors alive."""
 
-    def __init__(self, works: Sequence[dist.Work], tensors: tuple[Tensor, Tensor], arrival: float | None) -> None:
-        self._works, self._arrival = list(works), arrival
-        self._tensors: tuple[Tensor, Tensor] | None = tensors
+    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor], arrival: float | None) -> None:
+        self._works, self._arrival, self._tensors = list(works), arrival, list(tensors)
 
     def wait(self) -> None:
         """Wait until all have arrived; again, it does nothing (gloo hangs if one message is waited for twice)."""
@@ -55,7 +54,7 @@ class Pending:
         if self._arrival is not None:
             time.sleep(max(0.0, self._arrival - time.perf_counter()))
             self._arrival = None
-        self._tensors = None
+        self._tensors.clear()
 
 
 class ChunkExchange:
@@ -70,39 +69,53 @@ class ChunkExchange:
     def __init__(self, group: dist.ProcessGroup, link: SimulatedLink | None = None, wait_at_once: bool = False) -> None:
         self._group, self._link, self._wait_at_once = group, link, wait_at_once
 
-    def dispatch(self, chunk: Chunk, source: Tensor, region: Tensor) -> Pending:
+    def dispatch(self, chunk: Chunk, source: Tensor, buffer: Tensor) -> Pending:
         """Send rows to where they are computed.
 
         Args:
             chunk: The chunk.
             source: What this rank sends, ``[plan.num_sent, ...]``, contiguous.
-            region: Where its own part of the chunk arrives, ``[chunk.rows, ...]``, contiguous.
+            buffer: Where what it computes arrives, ``[plan.num_computed, ...]``, contiguous.
         """
-        return self._post(chunk.send, source, chunk.receive, region)
+        return self._post(
+            [(message, source[message.start :]) for message in chunk.send],
+            [(message, buffer[message.start :]) for message in chunk.receive],
+        )
 
-    def give_back(self, chunk: Chunk, region: Tensor, target: Tensor) -> Pending:
+    def give_back(self, chunk: Chunk, results: Sequence[Tensor], target: Tensor) -> Pending:
         """Send a chunk's results back to where its rows came from.
 
         Args:
             chunk: The chunk.
-            region: Results, ``[chunk.rows, ...]``, contiguous.
+            results: Those of each of its pieces, contiguous.
             target: Where those of this rank's own rows arrive, ``[plan.num_sent, ...]``, contiguous.
         """
-        return self._post(chunk.receive, region, chunk.send, target)
+        return self._post(
+            [(message, _within(chunk, results, message)) for message in chunk.receive],
+            [(message, target[message.start :]) for message in chunk.send],
+        )
 
-    def _post(self, send: Sequence[Message], source: Tensor, receive: Sequence[Message], target: Tensor) -> Pending:
-        operations = [self._operation(dist.irecv, message, target) for message in receive]
-        operations += [self._operation(dist.isend, message, source) for message in send]
+    def _post(self, send: Sequence[tuple[Message, Tensor]], receive: Sequence[tuple[Message, Tensor]]) -> Pending:
+        incoming = [(message.peer, rows[: message.rows]) for message, rows in receive]
+        outgoing = [(message.peer, rows[: message.rows]) for message, rows in send]
+        operations = [self._operation(dist.irecv, *each) for each in incoming]
+        operations += [self._operation(dist.isend, *each) for each in outgoing]
         works = dist.batch_isend_irecv(operations) if operations else []
         arrival = None
         if self._link is not None:
-            rows = max(sum(message.rows for message in send), sum(message.rows for message in receive))
-            arrival = self._link.cross(rows * source[:1].nbytes if source.shape[0] else rows * target[:1].nbytes)
-        pending = Pending(works, (source, target), arrival)
+            arrival = self._link.cross(max(sum(rows.nbytes for _, rows in way) for way in (incoming, outgoing)))
+        pending = Pending(works, [rows for _, rows in (*incoming, *outgoing)], arrival)
         if self._wait_at_once:
             pending.wait()
         return pending
 
-    def _operation(self, kind: object, message: Message, tensor: Tensor) -> dist.P2POp:
-        rows = tensor[message.start : message.start + message.rows]
-        return dist.P2POp(kind, rows, group=self._group, group_peer=message.peer)  # type: ignore[arg-type]
+    def _operation(self, kind: object, peer: int, rows: Tensor) -> dist.P2POp:
+        return dist.P2POp(kind, rows, group=self._group, group_peer=peer)  # type: ignore[arg-type]
+
+
+def _within(chunk: Chunk, results: Sequence[Tensor], message: Message) -> Tensor:
+    """Results from the message's first row on."""
+    for piece, rows in zip(chunk.pieces, results, strict=True):
+        if piece.rows.start <= message.start < piece.rows.stop:
+            return rows[message.start - piece.rows.start :]
+    raise AssertionError(f"{message} is in no piece of the chunk")

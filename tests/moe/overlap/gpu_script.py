@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,8 @@ def step(layer: MoELayer, hidden: Tensor, cotangent: Tensor, deferred: bool = Fa
     overlap, queue = layer.overlap, WeightGradQueue() if deferred else None
     sums = [MainGrad(weight, queue) for weight in layer.experts.parameters()] if deferred else []
     if overlap is not None:
-        layer.overlap = ExpertOverlap(overlap.config, STARVED if deferred else None, queue)
+        large = overlap._large_product
+        layer.overlap = ExpertOverlap(overlap.config, STARVED if deferred else None, queue, large_product=large)
     hidden = hidden.clone().requires_grad_()
     layer.zero_grad()
     output, info = layer(hidden)
@@ -75,6 +77,7 @@ def main() -> None:
     mesh = ParallelMesh.build(ParallelConfig(expert=world_size))
     errors: dict[str, float] = {}
     unequal: dict[str, int] = {}
+    layouts = 0
     for name, changes in CONFIGS.items():
         config = MoEConfig(num_experts=4 * world_size, top_k=3, expert_hidden_size=96, **changes)  # type: ignore[arg-type]
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -89,6 +92,8 @@ def main() -> None:
             hidden, cotangent = torch.randn(2, tokens, 128, device=device).to(dtype).unbind()
             blocking = step(layer, hidden, cotangent)
             for number, (plan, groups) in enumerate(PLANS):
+                large = 0.0 if layouts % 2 else inf  # each plan with both layouts
+                layouts += 1
                 key = f"{name}; {plan} {groups}; {str(dtype).removeprefix('torch.')}"
                 overlap = OverlapConfig(
                     dispatch="p2p",
@@ -97,10 +102,10 @@ def main() -> None:
                     save=SAVES[number],  # type: ignore[arg-type]
                     wait_at_once=True,
                 )
-                layer.overlap = ExpertOverlap(overlap)
+                layer.overlap = ExpertOverlap(overlap, large_product=large)
                 waiting, queued = step(layer, hidden, cotangent), step(layer, hidden, cotangent, deferred=True)
                 errors[key] = error(waiting, blocking)
-                layer.overlap = ExpertOverlap(replace(overlap, wait_at_once=False))
+                layer.overlap = ExpertOverlap(replace(overlap, wait_at_once=False), large_product=large)
                 wrong = torch.zeros((), device=device, dtype=torch.int64)
                 for _ in range(repetitions if dtype == torch.bfloat16 else 2):
                     for expected, deferred in ((waiting, False), (queued, True)):

@@ -49,15 +49,16 @@ def check(ranks: RankPool, cases: dict[str, Case], tolerance: float) -> None:
 
 def overlapped_cases(num_ranks: int, dtype: torch.dtype, every_plan: bool) -> dict[str, Case]:
     """The cases of the blocking layer, each with every plan or with the plans in turn, and all kinds of saving."""
-    saves, plans = cycle(SAVES), cycle(PLANS)
+    saves, plans, layouts = cycle(SAVES), cycle(PLANS), cycle([False, True, True, False, True])
     cases = {}
     spread = spread_cases(num_ranks, dtype)
     # A single weight that is scaled to one has no gradient but rounding errors.
     spread["top 1"] = case([9, 0, 4, 1][:num_ranks], {"top_k": 1, "renormalize": False}, dtype=dtype)
     for name, one in spread.items():
         for plan in PLANS if every_plan else [next(plans)]:
-            save = next(saves)
-            cases[f"{name}, {plan}, {save}"] = replace(one, overlap=overlap(*plan, save))
+            save, slot_major = next(saves), next(layouts)
+            settings = replace(one, overlap=overlap(*plan, save), slot_major=slot_major)
+            cases[f"{name}, {plan}, {save}, {slot_major}"] = settings
     return cases
 
 
@@ -78,7 +79,8 @@ def test_split_and_replicated_experts(ranks: RankPool) -> None:
         settings = overlap(*plan, save)
         split = case([7, 0, 2, 3], order, masked=0.4, expert=2, expert_tensor=2)
         cases[f"split, {plan}"] = replace(split, overlap=settings)
-        cases[f"replicated, {plan}"] = replace(case([7, 0, 2, 3], expert=2, masked=0.2), overlap=settings)
+        replicated = case([7, 0, 2, 3], expert=2, masked=0.2)
+        cases[f"replicated, {plan}"] = replace(replicated, overlap=settings, slot_major=save == "fc1")
         whole = case([5, 5, 5, 5], order | {"activation": "gelu"}, late_sharding=True, expert=2, expert_tensor=2)
         cases[f"built whole, {plan}"] = replace(whole, overlap=settings)
     check(ranks, cases, 1e-13)
@@ -113,7 +115,10 @@ def test_weight_gradients_in_a_queue(ranks: RankPool, dtype: torch.dtype) -> Non
     for plan in PLANS:
         for save in SAVES:
             at_once = replace(
-                case([9, 0, 4], dtype=dtype, masked=0.2), overlap=overlap(*plan, save), weight_grads="sink"
+                case([9, 0, 4], dtype=dtype, masked=0.2),
+                overlap=overlap(*plan, save),
+                slot_major=save == "recompute",
+                weight_grads="sink",
             )
             deferred = replace(at_once, weight_grads="queue")
             results = ranks.run(3, run_ranks, [at_once, deferred, replace(deferred, rates=starved)])

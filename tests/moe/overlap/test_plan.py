@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lightning_moe.moe.overlap.plan import Chunk, Chunking, ExchangePlan, Message, plan_exchange
+from lightning_moe.moe.overlap.plan import Chunk, Chunking, ExchangePlan, Message, Piece, plan_exchange
 
 
 class Row(NamedTuple):
@@ -51,43 +51,51 @@ def cases(draw: st.DrawFn) -> Case:
         [numbers[r * slots + s] if r not in idle_ranks and s not in idle_slots else 0 for s in range(slots)]
         for r in range(ranks)
     ]
-    by_expert = st.builds(Chunking, st.just("expert"), st.integers(1, local_slots + 1))
-    return Case(counts, draw(st.just(Chunking("source")) | by_expert))
+    by_expert = st.builds(Chunking, st.just("expert"), st.integers(1, local_slots + 1), st.booleans())
+    by_source = st.builds(Chunking, st.just("source"), st.just(1), st.booleans())
+    return Case(counts, draw(by_source | by_expert))
 
 
-def expected_region(case: Case, rank: int, sources: tuple[int, ...], chunk: Chunk) -> list[Row]:
-    """Rows of a chunk: sorted by slot, then by source in ring order, then as they were sent."""
-    slots = range(chunk.slots.start, chunk.slots.stop)
+def expected_rows(case: Case, rank: int, chunk: Chunk, piece: Piece) -> list[Row]:
+    """Rows of a piece: sorted by slot, then by source in ring order, then as they were sent."""
+    slots = range(piece.slots.start, piece.slots.stop)
     return [
         Row(source, slot, n)
         for slot in (rank * case.local_slots + local for local in slots)
-        for source in sources
+        for source in chunk.sources
         for n in range(case.counts[source][slot])
     ]
 
 
-def exchange(case: Case, plans: list[ExchangePlan], index: int) -> list[list[Row | None]]:
-    """Carry out the messages of one chunk; the region of every rank.
+def exchange(case: Case, plans: list[ExchangePlan]) -> list[list[Row | None]]:
+    """Carry out the messages of all chunks, and place the own rows; the computed buffer of every rank.
 
     Messages have no label on their way: those from one rank to another are matched by their order.
     """
-    buffers = [case.send_buffer(rank) for rank in range(case.ranks)]
-    under_way: dict[tuple[int, int], list[list[Row]]] = {}
+    sent = [case.send_buffer(rank) for rank in range(case.ranks)]
+    buffers: list[list[Row | None]] = [[None] * plan.num_computed for plan in plans]
+
+    def write(buffer: list[Row | None], start: int, rows: list[Row]) -> None:
+        assert buffer[start : start + len(rows)] == [None] * len(rows), "a row is written twice"
+        buffer[start : start + len(rows)] = rows
+
+    for index in range(len(plans[0].chunks)):
+        under_way: dict[tuple[int, int], list[list[Row]]] = {}
+        for rank, plan in enumerate(plans):
+            for peer, start, rows in plan.chunks[index].send:
+                under_way.setdefault((rank, peer), []).append(sent[rank][start : start + rows])
+        for rank, plan in enumerate(plans):
+            for peer, start, rows in plan.chunks[index].receive:
+                arrived = under_way[peer, rank].pop(0)
+                assert len(arrived) == rows
+                write(buffers[rank], start, arrived)
+        assert not any(under_way.values()), "a message is never received"
     for rank, plan in enumerate(plans):
-        for peer, start, rows in plan.chunks[index].send:
-            under_way.setdefault((rank, peer), []).append(buffers[rank][start : start + rows])
-    regions: list[list[Row | None]] = []
-    for rank, plan in enumerate(plans):
-        chunk = plan.chunks[index]
-        region: list[Row | None] = [None] * chunk.rows
-        for peer, start, rows in chunk.receive:
-            arrived = under_way[peer, rank].pop(0)
-            assert len(arrived) == rows
-            assert region[start : start + rows] == [None] * rows, "a row is written twice"
-            region[start : start + rows] = arrived
-        regions.append(region)
-    assert not any(under_way.values()), "a message is never received"
-    return regions
+        position = plan.own_start
+        for piece in plan.chunks[0].pieces:
+            write(buffers[rank], piece.start, sent[rank][position : position + sum(piece.counts)])
+            position += sum(piece.counts)
+    return buffers
 
 
 @settings(max_examples=600)
@@ -113,17 +121,19 @@ def own(case: Case, rank: int, row: Row) -> bool:
 
 
 def check_that_rows_arrive_once(case: Case, plans: list[ExchangePlan]) -> None:
-    """Where they belong: in the region's order, labels and all."""
-    computed = [[row for row in case.send_buffer(rank) if own(case, rank, row)] for rank in range(case.ranks)]
-    for index in range(1, len(plans[0].chunks)):
-        for rank, region in enumerate(exchange(case, plans, index)):
-            chunk = plans[rank].chunks[index]
-            assert region == expected_region(case, rank, chunk.sources, chunk)
-            computed[rank] += [row for row in region if row is not None]
-    for rank, rows in enumerate(computed):
+    """Where they belong, labels and all; every piece has rows, and every row is in one piece."""
+    for rank, (plan, buffer) in enumerate(zip(plans, exchange(case, plans), strict=True)):
         meant = [row for source in range(case.ranks) for row in case.send_buffer(source) if own(case, rank, row)]
-        assert sorted(rows) == sorted(meant)
-        assert plans[rank].num_computed == len(meant)
+        assert sorted(row for row in buffer if row is not None) == sorted(meant)
+        assert len(buffer) == len(meant)
+        covered = []
+        for chunk in plan.chunks:
+            for piece in chunk.pieces:
+                assert sum(piece.counts) > 0
+                assert buffer[piece.rows] == expected_rows(case, rank, chunk, piece)
+                covered += list(range(piece.rows.start, piece.rows.stop))
+            assert len(chunk.pieces) <= (case.local_slots if case.chunking.slot_major else 1)
+        assert sorted(covered) == list(range(len(buffer)))
 
 
 def check_that_messages_match(chunks: list[Chunk]) -> None:
@@ -138,7 +148,7 @@ def check_that_messages_match(chunks: list[Chunk]) -> None:
 
 
 def check_own_rows(case: Case, plan: ExchangePlan) -> None:
-    """They are computed where they are."""
+    """They are one run of the send buffer."""
     buffer = case.send_buffer(plan.rank)
     assert plan.num_sent == len(buffer)
     chunk = plan.chunks[0]
@@ -146,7 +156,6 @@ def check_own_rows(case: Case, plan: ExchangePlan) -> None:
     assert chunk.receive == chunk.send == ()
     rows = buffer[plan.own_start : plan.own_start + chunk.rows]
     assert rows == [row for row in buffer if own(case, plan.rank, row)]
-    assert rows == expected_region(case, plan.rank, (plan.rank,), chunk)
 
 
 def check_what_is_sent(plan: ExchangePlan) -> None:
@@ -164,21 +173,23 @@ def check_order(case: Case, plan: ExchangePlan) -> None:
     if case.chunking.by == "source":
         assert [chunk.sources for chunk in remote] == [(source,) for source in backward]
         for chunk, target in zip(remote, forward, strict=True):
-            assert len(chunk.receive) <= 1
-            assert [message.peer for message in chunk.send] in ([], [target])
-            assert chunk.slots == slice(0, case.local_slots)
+            assert len(chunk.receive) <= (case.local_slots if case.chunking.slot_major else 1)
+            assert {message.peer for message in chunk.send} <= {target}
     elif case.ranks == 1:
         assert remote == ()
     else:
         assert len(remote) == min(case.chunking.groups, case.local_slots)
-        slots = [slot for chunk in remote for slot in range(chunk.slots.start, chunk.slots.stop)]
-        assert slots == list(range(case.local_slots))
-        sizes = [len(chunk.counts) for chunk in remote]
-        assert max(sizes) - min(sizes) <= 1
+        slots = [slot for chunk in remote for slot in slots_of(chunk)]
+        assert slots == sorted(set(slots))
         for chunk in remote:
             assert chunk.sources == tuple(backward)
-            assert rounds([forward.index(message.peer) for message in chunk.send]) <= len(chunk.counts)
-            assert rounds([backward.index(message.peer) for message in chunk.receive]) <= len(chunk.counts)
+            assert rounds([backward.index(message.peer) for message in chunk.receive]) <= max(1, len(slots_of(chunk)))
+            assert rounds([forward.index(message.peer) for message in chunk.send]) <= case.local_slots
+
+
+def slots_of(chunk: Chunk) -> list[int]:
+    """Slots that have rows."""
+    return [slot for piece in chunk.pieces for slot, count in enumerate(piece.counts, piece.first_slot) if count]
 
 
 def rounds(turns: list[int]) -> int:
@@ -192,9 +203,10 @@ def test_segments_partition_the_rows(case: Case, data: st.DataObject) -> None:
     """Each run holds rows of its slot alone; those of all slots hold every row once, those of some only theirs."""
     rank = data.draw(st.integers(0, case.ranks - 1))
     plan = plan_exchange(case.counts, rank, case.chunking)
-    slot_of_row = [
-        chunk.first_slot + i for chunk in plan.chunks for i, count in enumerate(chunk.counts) for _ in range(count)
-    ]
+    slot_of_row = [-1] * plan.num_computed
+    for piece in (piece for chunk in plan.chunks for piece in chunk.pieces):
+        slots_of_piece = [piece.first_slot + i for i, count in enumerate(piece.counts) for _ in range(count)]
+        slot_of_row[piece.rows] = slots_of_piece
     first = data.draw(st.integers(0, case.local_slots))
     slots = slice(first, data.draw(st.integers(first, case.local_slots)))
     segments = plan.segments(slots)
@@ -202,10 +214,10 @@ def test_segments_partition_the_rows(case: Case, data: st.DataObject) -> None:
     for slot, runs in enumerate(segments, slots.start):
         assert all(start < end for start, end in runs)
         assert runs == sorted(runs)
+        assert len(runs) <= (1 if case.chunking.slot_major else len(plan.chunks))
         covered = [row for start, end in runs for row in range(start, end)]
         assert covered == [row for row, its_slot in enumerate(slot_of_row) if its_slot == slot]
         assert len(covered) == sum(source[rank * case.local_slots + slot] for source in case.counts)
-    assert plan.starts == tuple(sum(chunk.rows for chunk in plan.chunks[:i]) for i in range(len(plan.chunks)))
 
 
 def test_by_hand() -> None:
@@ -216,14 +228,25 @@ def test_by_hand() -> None:
         num_sent=17,
         own_start=0,
         chunks=(
-            Chunk((0,), 0, (1, 2), (), ()),
-            Chunk((2, 1), 0, (7,), (Message(2, 0, 7),), (Message(1, 3, 3), Message(2, 6, 5))),
-            Chunk((2, 1), 1, (1,), (Message(1, 0, 1),), (Message(2, 11, 6),)),
+            Chunk((0,), (Piece(0, 0, (1, 2)),), (), ()),
+            Chunk((2, 1), (Piece(3, 0, (7,)),), (Message(2, 3, 7),), (Message(1, 3, 3), Message(2, 6, 5))),
+            Chunk((2, 1), (Piece(10, 1, (1,)),), (Message(1, 10, 1),), (Message(2, 11, 6),)),
         ),
     )
     by_source = plan_exchange(counts, 2, Chunking("source"))
     assert by_source.own_start == 9
     assert by_source.chunks[1:] == (
-        Chunk((1,), 0, (4, 0), (Message(1, 0, 4),), (Message(0, 0, 7),)),
-        Chunk((0,), 0, (5, 6), (Message(0, 0, 11),), (Message(1, 7, 2),)),
+        Chunk((1,), (Piece(2, 0, (4, 0)),), (Message(1, 2, 4),), (Message(0, 0, 7),)),
+        Chunk((0,), (Piece(6, 0, (5, 6)),), (Message(0, 6, 11),), (Message(1, 7, 2),)),
+    )
+    slot_major = plan_exchange(counts, 2, Chunking("source", slot_major=True))
+    assert slot_major.chunks == (
+        Chunk((2,), (Piece(9, 1, (2,)),), (), ()),
+        Chunk((1,), (Piece(0, 0, (4,)),), (Message(1, 0, 4),), (Message(0, 0, 7),)),
+        Chunk(
+            (0,),
+            (Piece(4, 0, (5,)), Piece(11, 1, (6,))),
+            (Message(0, 4, 5), Message(0, 11, 6)),
+            (Message(1, 7, 1), Message(1, 8, 1)),
+        ),
     )
