@@ -9,7 +9,7 @@ their weight, joined to one matrix: a chunk has heads of every context rank, whi
 
 Summands are added in float32 at least and rounded once, in the output of the row-parallel product and in the gradient
 of the column-parallel product's input. Where a chunk has come back in the backward pass, its summand and its weight
-gradient (a :class:`~lightning_moe.weight_grad.PartOfGrad`) are computed while the next one is on its way.
+gradient (a :class:`~lightning_moe.weight_grad.segments.PartOfGrad`) are computed while the next one is on its way.
 
 With tensor parallelism each product communicates as the whole one does (see :mod:`lightning_moe.layers.column_matmul`
 and :mod:`lightning_moe.layers.row_matmul`), once for all chunks, except that nothing hides the sum of the input's
@@ -27,8 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moe.layers.pending_exchange import PendingExchange, refuse_second_derivatives
-from lightning_moe.parallel.collectives import PendingTensor, all_gather, reduce_scatter, start_all_gather
-from lightning_moe.parallel.collectives import summands_to_copies as all_reduce
+from lightning_moe.parallel.collectives import (
+    PendingTensor,
+    all_gather,
+    reduce_scatter,
+    start_all_gather,
+    summands_to_copies,
+)
 from lightning_moe.weight_grad import (
     GatheredInputGrad,
     GatheredOutputGrad,
@@ -102,7 +107,7 @@ def row_matmul_of_arrivals(
         out: Tensor = _Arrivals.apply(  # type: ignore[no-untyped-call]
             weight, _RowSettings(tuple(exchanges), tuple(columns), group, shared), *tickets
         )
-        return out if shared else all_reduce(out, group)
+        return out if shared else summands_to_copies(out, group)
 
 
 class _ColumnGradients:
@@ -171,7 +176,7 @@ class _Enter(torch.autograd.Function):
         grad, grad_weight = ctx.gradients.take()
         if grad is not None:
             grad = grad.to(ctx.dtype)
-            reduce = reduce_scatter if ctx.gradients.shared else all_reduce
+            reduce = reduce_scatter if ctx.gradients.shared else summands_to_copies
             grad = reduce(grad, ctx.gradients.group)
         return grad, grad_weight, None
 

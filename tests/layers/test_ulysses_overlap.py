@@ -190,10 +190,14 @@ def run_in_other_ways(mesh: ParallelMesh) -> dict[str, bool]:
     report["half frozen"] = same(grads_of(module, module(leaf, layout, tables), leaf), expected[:3])
     module.requires_grad_(True)
     output = module(leaf, layout, tables)
-    with traced() as events:
-        only = torch.autograd.grad(output.sin().sum(), module.o_proj.weight)
+    only = torch.autograd.grad(output.sin().sum(), module.o_proj.weight)
     report["one weight"] = torch.equal(only[0], expected[3])
+    module.requires_grad_(False).o_proj.requires_grad_(True)
+    output = module(leaf.detach(), layout, tables)
+    with traced() as events:
+        report["the last weight"] = same(grads_of(module, output), [expected[0], expected[3]])
     report["nothing is sent for it"] = not any(event.startswith("post") for event in events)
+    module.requires_grad_(True)
     module.compile(backend="eager")
     report["compiled"] = same(grads_of(module, module(leaf, layout, tables), leaf))
     return report
@@ -261,7 +265,7 @@ def test_ways_to_run_a_module(ranks: RankPool) -> None:
     ((_, results),) = run_cases(ranks, {"context": 2}, run_cheap_checks, [()])
     for report, (blocking, chunked), message, differences in results:
         assert [name for name, equal in report.items() if not equal] == []
-        assert len(report) == 9
+        assert len(report) == 10
         for value, expected in zip(chunked, blocking, strict=True):
             assert_close(value, expected, 2e-2)
         assert "has no second derivative" in message

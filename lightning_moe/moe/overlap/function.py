@@ -34,7 +34,7 @@ from lightning_moe.moe.overlap import payload as rows_with_pads
 from lightning_moe.moe.overlap import scaled_activation
 from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes
 from lightning_moe.moe.overlap.plan import Chunk, Piece
-from lightning_moe.moe.overlap.transport import Pending
+from lightning_moe.moe.overlap.transport import Pending, post_beside
 from lightning_moe.moe.rows import sum_choices, take_rows
 from lightning_moe.weight_grad.grouped import can_group, grouped_product
 from lightning_moe.weight_grad.grouped_segments import SegmentedMatmulGrad, bounds_of
@@ -123,7 +123,6 @@ class _Experts(torch.autograd.Function):
         call: OverlappedCall,
     ) -> Tensor:
         rows = payload.new_empty((call.plan.num_computed, payload.shape[1]))
-        arrivals = _dispatch(call, payload, rows)
         matrices = _Matrices(up, down, payload.dtype, call)
         projected: list[Tensor] = []
 
@@ -134,8 +133,15 @@ class _Experts(torch.autograd.Function):
                 projected.append(first)
             return scaled_activation.forward(first, rows_with_pads.probabilities_of(own), call.activation)
 
-        _copy_own(call, payload, rows)
-        inner = [first_half(piece) for piece in call.plan.chunks[0].pieces]
+        def own_half() -> list[Tensor]:
+            _copy_own(call, payload, rows)
+            return [first_half(piece) for piece in call.plan.chunks[0].pieces]
+
+        if call.exchange.wait_at_once:
+            arrivals, inner = _dispatch(call, payload, rows), own_half()
+        else:
+            # The host has just waited for the row counts, so the device has nothing to do yet.
+            arrivals, inner = post_beside(lambda: _dispatch(call, payload, rows), own_half, payload.device)
         returned = payload.new_empty((call.plan.num_sent, up.shape[2]))
         for i, chunk in _remote(call):
             call.fill(False, i - 1)

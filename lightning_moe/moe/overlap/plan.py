@@ -149,33 +149,40 @@ def plan_exchange(counts: Sequence[Sequence[int]], rank: int, chunking: Chunking
         bounds = [local * g // chunking.groups for g in range(chunking.groups + 1)]
         cuts += [(range(1, ranks), range(a, b)) for a, b in pairwise(bounds) if b > a]
 
-    def count(offset: int, slot: int) -> int:
-        return counts[(rank - offset) % ranks][rank * local + slot]
+    def rows_of(offset: int, slots: range) -> Sequence[int]:
+        """Rows from the rank at a ring offset for some of this rank's slots."""
+        first = rank * local
+        return counts[(rank - offset) % ranks][first + slots.start : first + slots.stop]
 
-    starts = _starts(
-        [[sum(count(i, slot) for i in offsets) for slot in slots] for offsets, slots in cuts], cuts, chunking
-    )
+    totals = [
+        [sum(rows) for rows in zip(*(rows_of(i, slots) for i in offsets), strict=True)] for offsets, slots in cuts
+    ]
+    starts = _starts(totals, cuts, chunking)
     chunks = []
     for number, (offsets, slots) in enumerate(cuts):
-        receive, send, pieces = [], [], []
-        for slot in slots:
-            position = starts[number, slot]
-            for i in offsets:
-                receive.append(Message((rank - i) % ranks, position, count(i, slot)))
-                position += count(i, slot)
-                peer = (rank + i) % ranks
-                column = peer * local + slot
-                send.append(Message(peer, sent_before[column], counts[rank][column]))
-            pieces.append(Piece(starts[number, slot], slot, (position - starts[number, slot],)))
-        if not chunking.slot_major:
-            pieces = [Piece(pieces[0].start, slots.start, tuple(piece.counts[0] for piece in pieces))]
+        if chunking.slot_major:
+            pieces = [
+                Piece(*each) for each in zip(starts[number], slots, zip(totals[number], strict=True), strict=True)
+            ]
+        else:
+            pieces = [Piece(starts[number][0], slots.start, tuple(totals[number]))]
+        # One source's slots follow each other on both sides, unless rows lie slot after slot.
         joined = len(offsets) == 1 and not chunking.slot_major
+        receive, send = [], []
+        for slot in [slots] if joined else [range(slot, slot + 1) for slot in slots]:
+            position = starts[number][slot.start - slots.start]
+            for i in offsets if number else ():
+                peer, rows = (rank + i) % ranks, sum(rows_of(i, slot))
+                receive.append(Message((rank - i) % ranks, position, rows))
+                position += rows
+                first, stop = peer * local + slot.start, peer * local + slot.stop
+                send.append(Message(peer, sent_before[first], sent_before[stop] - sent_before[first]))
         chunks.append(
             Chunk(
                 tuple((rank - i) % ranks for i in offsets),
                 tuple(piece for piece in pieces if sum(piece.counts)),
-                _messages(receive, joined) if number else (),
-                _messages(send, joined) if number else (),
+                tuple(message for message in receive if message.rows),
+                tuple(message for message in send if message.rows),
             )
         )
     return ExchangePlan(rank, sent_before[-1], sent_before[rank * local], tuple(chunks))
@@ -183,22 +190,16 @@ def plan_exchange(counts: Sequence[Sequence[int]], rank: int, chunking: Chunking
 
 def _starts(
     totals: Sequence[Sequence[int]], cuts: Sequence[tuple[range, range]], chunking: Chunking
-) -> dict[tuple[int, int], int]:
-    """First row of each chunk's slots in the computed buffer."""
-    keys = [
-        (slot, number, number, slot, total) if chunking.slot_major else (number, slot, number, slot, total)
-        for number, (_, slots) in enumerate(cuts)
-        for slot, total in zip(slots, totals[number], strict=True)
-    ]
-    starts, position = {}, 0
-    for _, _, number, slot, total in sorted(keys):
-        starts[number, slot] = position
-        position += total
+) -> list[list[int]]:
+    """First row in the computed buffer of each slot of each chunk."""
+    if not chunking.slot_major:
+        ends = list(accumulate((sum(rows) for rows in totals), initial=0))
+        return [list(accumulate(rows, initial=end))[:-1] for end, rows in zip(ends, totals, strict=False)]
+    starts = [[0] * len(rows) for rows in totals]
+    position = 0
+    for slot in cuts[0][1]:
+        for number, (_, slots) in enumerate(cuts):
+            if slot in slots:
+                starts[number][slot - slots.start] = position
+                position += totals[number][slot - slots.start]
     return starts
-
-
-def _messages(pieces: Sequence[Message], joined: bool) -> tuple[Message, ...]:
-    """One message for all pieces if they follow each other on both sides, else one for each; none without rows."""
-    if joined:
-        pieces = [pieces[0]._replace(rows=sum(piece.rows for piece in pieces))]
-    return tuple(piece for piece in pieces if piece.rows)

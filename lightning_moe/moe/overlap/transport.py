@@ -8,12 +8,17 @@ wait, on the CPU the caller.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.moe.overlap.plan import Chunk, Message
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class SimulatedLink:
@@ -57,6 +62,30 @@ class Pending:
         self._tensors.clear()
 
 
+def post_beside(post: Callable[[], T], compute: Callable[[], U], device: torch.device) -> tuple[T, U]:
+    """Post messages, and do work that needs none of them and that they do not need.
+
+    On the CPU work is done when it is called, so the messages go first. On CUDA it is only queued, and posting takes
+    the host so long that the device would be idle meanwhile. So the work is queued first, and the messages are posted
+    from another stream, which waits for nothing of it.
+
+    Args:
+        post: Posts; what it posts must not be waited for inside.
+        compute: Does the work.
+        device: Where.
+
+    Returns:
+        What both return.
+    """
+    if device.type != "cuda":
+        return post(), compute()
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+    computed = compute()
+    with torch.cuda.stream(beside):
+        return post(), computed
+
+
 class ChunkExchange:
     """Posts the messages of chunks.
 
@@ -67,7 +96,7 @@ class ChunkExchange:
     """
 
     def __init__(self, group: dist.ProcessGroup, link: SimulatedLink | None = None, wait_at_once: bool = False) -> None:
-        self._group, self._link, self._wait_at_once = group, link, wait_at_once
+        self._group, self._link, self.wait_at_once = group, link, wait_at_once
 
     def dispatch(self, chunk: Chunk, source: Tensor, buffer: Tensor) -> Pending:
         """Send rows to where they are computed.
@@ -105,7 +134,7 @@ class ChunkExchange:
         if self._link is not None:
             arrival = self._link.cross(max(sum(rows.nbytes for _, rows in way) for way in (incoming, outgoing)))
         pending = Pending(works, [rows for _, rows in (*incoming, *outgoing)], arrival)
-        if self._wait_at_once:
+        if self.wait_at_once:
             pending.wait()
         return pending
 
