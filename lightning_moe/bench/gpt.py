@@ -23,7 +23,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_moe.bench.timing import StepClock, Times, kernel_seconds, occupancy_seconds, slowest_kernels
-from lightning_moe.config import GPTMoEConfig, MoEConfig, OptimizerConfig, ParallelConfig, PipelineConfig
+from lightning_moe.config import (
+    GPTMoEConfig,
+    MoEConfig,
+    OptimizerConfig,
+    OverlapConfig,
+    ParallelConfig,
+    PipelineConfig,
+)
 from lightning_moe.config.gpt_size import parameter_count
 from lightning_moe.models.gpt_moe import GPTMoE
 from lightning_moe.strategy import MoEStrategy
@@ -122,8 +129,13 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
         )
     config = bench_config(options.sequence, options.layers)
     measure = Measure(options.warmup, options.steps, options.profile, options.kernels)
+    overlap = None if options.overlap is None else OverlapConfig(dispatch=options.overlap)
     strategy = MoEStrategy(
-        parallel, pipeline, bucket_megabytes=options.bucket_megabytes, optimizer_sharding=options.optimizer_sharding
+        parallel,
+        pipeline,
+        overlap=overlap,
+        bucket_megabytes=options.bucket_megabytes,
+        optimizer_sharding=options.optimizer_sharding,
     )
     trainer = quiet_trainer(options, strategy, options.warmup + options.steps + options.profile, measure)
     module = GPTMoE(
@@ -138,6 +150,7 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
     assert measure.times is not None
     axes = f"pipeline={options.pipeline} context={options.context} tensor={options.tensor} expert={options.expert}"
     name = f"GPTMoE, {axes}" + (f", {options.schedule}" if options.schedule else "")
+    name += f", overlap {options.overlap}" if options.overlap else ""
     data_ranks = world_size // (options.pipeline * options.context * options.tensor)
     tokens = options.batch * options.sequence * data_ranks
     result = figures(name, config, options, tokens, world_size, measure.times)
@@ -209,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--microbatches", type=int, help="microbatches of the batch; twice the pipeline if left out")
     parser.add_argument("--chunks", type=int, help="stages that each rank holds")
     parser.add_argument("--transport", choices=["auto", "p2p", "copy"], default="auto")
+    parser.add_argument("--overlap", choices=["auto", "p2p"], help="hide the experts' exchange; if left out, wait")
     parser.add_argument("--layers", type=int, default=8, help="blocks of the model")
     parser.add_argument("--batch", type=int, default=4, help="sequences per data rank")
     parser.add_argument("--sequence", type=int, default=4096, help="tokens per sequence")

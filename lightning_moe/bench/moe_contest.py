@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.bench.moe_main_grads import MainGrads
-from lightning_moe.bench.moe_rounds import Contestant, Rounds, differences
+from lightning_moe.bench.moe_rounds import Contestant, Rounds, differences, equality
 from lightning_moe.config.moe import MoEConfig
 from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.moe.activation import Activation
@@ -132,25 +132,25 @@ class Contest:
         """``p2p`` over a link of the caller's."""
         return self._ours("p2p", ExpertOverlap(self._config("p2p"), self.rates, link=link))
 
-    def compare(self, contestants: Sequence[Contestant]) -> tuple[dict[str, dict[str, Any]], bool | None]:
+    def compare(self, contestants: Sequence[Contestant]) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
         """Compare outputs and gradients of one step.
 
         Returns:
-            For each contestant but the first what :func:`differences` says of it and the first, and whether ``p2p`` and
-            ``waiting`` are equal bit for bit; None where one of them does not take part.
+            For each contestant but the first what :func:`differences` says of it and the first, and what
+            :func:`equality` says of ``p2p`` and ``waiting``; None where one of them does not take part.
         """
         first, *others = contestants
         expected = self.rounds.results(first)
         found: dict[str, dict[str, Any]] = {}
         pair: dict[str, Tensor] | None = None  # results of whichever of the two comes first
-        equal: bool | None = None
+        equal: dict[str, Any] | None = None
         for one in (first, *others):
             results = expected if one is first else self.rounds.results(one)
             if one is not first:
                 found[one.name] = differences(results, expected, self.device)
             if one.name in ("p2p", "waiting"):
                 if pair is not None:
-                    equal = differences(results, pair, self.device)["bitwise_equal"]
+                    equal = equality(results, pair, self.device)
                 pair = results if pair is None else None
         return found, equal
 

@@ -10,15 +10,16 @@ that all ways compute the same, no more.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.bench.deterministic import deterministic
 from lightning_moe.bench.moe_main_grads import MainGrads
-from lightning_moe.bench.moe_rounds import PARTS, Contestant, Rounds, Series, differences
+from lightning_moe.bench.moe_rounds import PARTS, Contestant, Rounds, Series, differences, equality
 from lightning_moe.config.gpt import GPTMoEConfig
 from lightning_moe.config.moe import MoEConfig
 from lightning_moe.config.overlap import OverlapConfig
@@ -89,17 +90,8 @@ def measure_fluid(options: argparse.Namespace, device: torch.device) -> dict[str
     blocks = _Blocks(size, options, mesh, device)
     contestants = {way.name: blocks.contestant(way) for way in blocks.ways()}
     found = blocks.rounds.run(list(contestants.values()), warmup=options.warmup, steps=options.steps)
-    expected = blocks.rounds.results(contestants["blocking"])
-    waited = blocks.rounds.results(contestants["waiting"])
-    errors = {"waiting": differences(waited, expected, device)}
-    equal = True
-    for name in list(contestants)[1:]:
-        if name in errors:
-            continue
-        results = blocks.rounds.results(contestants[name])
-        errors[name] = differences(results, expected, device)
-        if name.startswith("overlap"):
-            equal = equal and differences(results, waited, device)["bitwise_equal"]
+    with deterministic():
+        errors, equal = _compare(blocks.rounds, contestants, device)
     baseline = found["blocking"]
     return {
         "shape": asdict(size),
@@ -110,6 +102,29 @@ def measure_fluid(options: argparse.Namespace, device: torch.device) -> dict[str
             for name, series in found.items()
         ],
     }
+
+
+def _compare(
+    rounds: Rounds, contestants: Mapping[str, Contestant], device: torch.device
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Differences of all others from ``blocking``, and whether what does not wait equals ``waiting``.
+
+    So must a second run of ``waiting``: if it does not, kernels are to blame, and the others say nothing.
+    """
+    expected, waited = (rounds.results(contestants[name]) for name in ("blocking", "waiting"))
+    errors, equal = {}, {}
+    for name, one in contestants.items():
+        if name == "blocking":
+            continue
+        results = rounds.results(one)
+        errors[name] = differences(results, expected, device)
+        if one.name in _EQUAL:
+            equal[name] = equality(results, waited, device)
+    return errors, equal
+
+
+_EQUAL = ("waiting", "overlap", "overlap, queue")
+"""Ways that compute the same in the same chunks, whenever they wait."""
 
 
 def _ratios(baseline: Series, series: Series) -> dict[str, float]:

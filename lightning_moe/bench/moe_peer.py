@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,9 @@ class MegatronPeer:
             self.layer.experts.weight2.view(local, -1, hidden).copy_(down.transpose(1, 2))
         self._main: list[Tensor] = []
         if main_grads:
-            self._main = [torch.zeros_like(weight.detach(), dtype=torch.float32) for weight in self._experts()]
+            for weight in self._experts():
+                self._main.append(torch.zeros_like(weight, dtype=torch.float32, requires_grad=False))
+                weight.register_post_accumulate_grad_hook(partial(_move_grad, self._main[-1]))
         names = (name for name, _ in ours.experts.named_parameters())
         self._up_name, self._down_name = (f"experts.{name}" for name in names)
 
@@ -66,24 +69,32 @@ class MegatronPeer:
     def backward(self, out: Tensor, grad: Tensor) -> None:
         """Compute all gradients."""
         out.backward(grad)
-        for main, weight in zip(self._main, self._experts(), strict=False):
-            main.add_(weight.grad)
 
     def gradients(self) -> Mapping[str, Tensor]:
         """Those of the weights, by the names and in the layout of our layer."""
-        experts, local, hidden = self.layer.experts, self._local, self._hidden
+        local, hidden = self._local, self._hidden
+        up, down = self._main or [weight.grad for weight in self._experts()]
         return {
             "router.weight": self.layer.router.weight.grad,
-            self._up_name: experts.weight1.grad.view(local, hidden, -1).transpose(1, 2),
-            self._down_name: experts.weight2.grad.view(local, -1, hidden).transpose(1, 2),
+            self._up_name: up.view(local, hidden, -1).transpose(1, 2),
+            self._down_name: down.view(local, -1, hidden).transpose(1, 2),
         }
 
     def forget(self) -> None:
         """Drop the gradients."""
         self.layer.zero_grad(set_to_none=True)
+        for main in self._main:
+            main.zero_()
 
     def _experts(self) -> tuple[Any, Any]:
         return self.layer.experts.weight1, self.layer.experts.weight2
+
+
+def _move_grad(main: Tensor, weight: Tensor) -> None:
+    """Add a gradient to its buffer and free it, as soon as it is there."""
+    assert weight.grad is not None
+    main.add_(weight.grad)
+    weight.grad = None
 
 
 def _build(size: LayerSize) -> Any:

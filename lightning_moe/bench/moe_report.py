@@ -78,7 +78,7 @@ def print_run(run: dict[str, Any]) -> None:
         hidden, most = one["hidden_milliseconds"], one["hideable_milliseconds"]
         print(f"  {name}: {hidden:.2f} ms hidden of {most:.2f} that can be{share}")
     if run["bitwise_equal"] is not None:
-        print(f"  p2p and waiting are {'' if run['bitwise_equal'] else 'NOT '}equal bit for bit", flush=True)
+        _print_equality("p2p and waiting", run["bitwise_equal"])
 
 
 def print_fluid(run: dict[str, Any]) -> None:
@@ -91,7 +91,13 @@ def print_fluid(run: dict[str, Any]) -> None:
         cells = [", ".join(f"{over[part]:.3f}" for part in ("inference", "forward", "step"))]
         cells.append(f"{row['relative_error']:.1e} ({row['worst']})" if "relative_error" in row else "reference")
         _print_row(row, cells)
-    print(f"  overlap and waiting are {'' if run['bitwise_equal'] else 'NOT '}equal bit for bit", flush=True)
+    for name, equal in run["bitwise_equal"].items():
+        _print_equality("waiting and a second run of it" if name == "waiting" else f"{name} and waiting", equal)
+
+
+def _print_equality(pair: str, equal: dict[str, Any]) -> None:
+    unequal = f": NOT {', '.join(equal['unequal'])}" if equal["unequal"] else ""
+    print(f"  {pair} are equal bit for bit{unequal}", flush=True)
 
 
 def _print_head(more: Sequence[str]) -> None:

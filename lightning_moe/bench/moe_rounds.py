@@ -184,21 +184,34 @@ def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dev
         device: That of the collectives.
 
     Returns:
-        Whether all are equal bit for bit; the largest difference over the largest value, and the norm of the difference
-        over the norm, both of the worst tensor, and which one that is by norm.
+        The largest difference over the largest value, and the norm of the difference over the norm, both of the worst
+        tensor, and which one that is by norm.
     """
     assert found.keys() == expected.keys()
     names = sorted(found)
     ratios = [_ratios(found[name], expected[name]) for name in names]
-    unequal = [float(not _same(found[name], expected[name])) for name in names]
-    worst = largest([*(value for pair in ratios for value in pair), *unequal], device)
-    by_value, by_norm, unequal = worst[: 2 * len(names) : 2], worst[1 : 2 * len(names) : 2], worst[2 * len(names) :]
+    worst = largest([value for pair in ratios for value in pair], device)
+    by_value, by_norm = worst[::2], worst[1::2]
     return {
-        "bitwise_equal": not any(unequal),
         "max_relative_error": max(by_value),
         "relative_error": max(by_norm),
         "worst": names[by_norm.index(max(by_norm))],
     }
+
+
+def equality(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Which of a contestant's results are another's, bit for bit, on all ranks.
+
+    Arguments as for :func:`differences`.
+
+    Returns:
+        Whether ``output`` is, whether all ``gradients`` are, and the names of those that are ``unequal``.
+    """
+    assert found.keys() == expected.keys()
+    names = sorted(found)
+    flags = largest((float(not _same(found[name], expected[name])) for name in names), device)
+    unequal = [name for name, flag in zip(names, flags, strict=True) if flag]
+    return {"output": "output" not in unequal, "gradients": set(unequal) <= {"output"}, "unequal": unequal}
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from lightning_moe.config.ranges import Rule, above, at_least, validate
+from lightning_moe.config.ranges import Rule, above, at_least, finite, validate
+from lightning_moe.errors import ConfigError
+
+
+def _groups_are_of_experts(config: Any) -> ConfigError | None:
+    """Chunks by source hold the rows of all experts of a rank."""
+    if config.expert_groups is None or config.chunk != "source":
+        return None
+    return ConfigError(
+        "expert_groups", config.expert_groups, "null with chunk: source", "leave it out, or chunk: expert"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +30,10 @@ class OverlapConfig:
         at_least("expert_groups", 1),
         at_least("attention_chunks", 1),
         above("link_gigabytes_per_second", 0.0),
+        finite("link_gigabytes_per_second"),
         above("gemm_teraflops", 0.0),
+        finite("gemm_teraflops"),
+        _groups_are_of_experts,
     )
 
     dispatch: Literal["auto", "blocking", "p2p"] = "auto"
@@ -35,7 +48,7 @@ class OverlapConfig:
     neither (it exchanges the rows again, too)."""
     attention_chunks: int | None = None
     """Number of parts that attention's heads are exchanged in over the axis ``context``; 1 does not overlap, null takes
-    2 where the heads allow it and ``dispatch`` is not ``blocking``."""
+    2 with ``dispatch: p2p``, and with ``auto`` where the link of the expert layers is slower than 100 GB/s; else 1."""
     link_gigabytes_per_second: float | None = None
     """What a rank can send to others, for the cost model; null measures it when training starts."""
     gemm_teraflops: float | None = None

@@ -8,6 +8,7 @@ whole dotted path).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import isfinite
 from typing import Any
 
 from lightning_moe.config.typecheck import check_fields
@@ -48,6 +49,16 @@ def above(field: str, bound: float, hint: str = "") -> Rule:
     def rule(config: Any) -> ConfigError | None:
         value = getattr(config, field)
         return None if value is None or value > bound else ConfigError(field, value, f"greater than {bound}", hint)
+
+    return rule
+
+
+def finite(field: str, hint: str = "") -> Rule:
+    """Make the rule that a number (when it is not None) is neither infinite nor NaN."""
+
+    def rule(config: Any) -> ConfigError | None:
+        value = getattr(config, field)
+        return None if value is None or isfinite(value) else ConfigError(field, value, "a finite number", hint)
 
     return rule
 

@@ -59,9 +59,9 @@ class CausalSelfAttention(nn.Module):
         exchange_chunks: Number of chunks that heads are exchanged in over the axis ``context``, under the computation
             of others (see the note in :mod:`lightning_moe.layers.ulysses_overlap`); 1 exchanges all heads at once and
             waits for them. As many as fit where a rank has fewer heads. A ``projection`` norm needs all queries, so
-            with it they are projected at once and the chunks begin after it. Chunks read the weights of the
-            projections past their ``forward``, and cannot be differentiated twice. May be changed between forward
-            passes.
+            with it they are projected at once and the chunks begin after it. So are those of a projection that is more
+            than its weight (that has hooks, or an adapter in its place): chunks end before such an output projection.
+            Chunks cannot be differentiated twice. May be changed between forward passes.
         wait_at_once: Whether every chunk is waited for where it is sent: the same computation without overlap.
 
     Raises:
@@ -165,7 +165,8 @@ class CausalSelfAttention(nn.Module):
             wait_at_once=self.wait_at_once,
         )
         tensor_group = self._mesh.active_group(Axis.TENSOR)
-        if self.qk_norm == "projection":  # which needs all heads
+        # Where a projection is more than its weight, it is called. What ranks send each other is the same either way.
+        if self.qk_norm == "projection" or not _is_plain(self.qkv_proj, ColumnParallelLinear):
             chunks = heads.cut(*self._heads(self.qkv_proj(hidden, layout), layout))
         else:
             chunks = heads.project(hidden, self.qkv_proj.weight, layout, tensor_group)
@@ -173,7 +174,10 @@ class CausalSelfAttention(nn.Module):
         # A chunk is a query alone where an earlier one has brought its keys and values.
         placed = ([*map(self._placed, parts, norms, repeat(rope)), *parts[2:]] for parts in chunks)
         attended = heads.attend(placed, partial(self._attend, mask=mask))
-        return heads.project_back(attended, self.o_proj.weight, layout, tensor_group)
+        if _is_plain(self.o_proj, RowParallelLinear):
+            return heads.project_back(attended, self.o_proj.weight, layout, tensor_group)
+        out: Tensor = self.o_proj(heads.join(attended).flatten(0, 1), layout)
+        return out
 
     def _heads(self, projected: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Split ``[T, (N + 2M) * H]`` into heads ``[B, Q, N, H]``, ``[B, Q, M, H]`` and ``[B, Q, M, H]``."""
@@ -214,6 +218,13 @@ class CausalSelfAttention(nn.Module):
             enable_gqa=grouped,
         )
         return attended.transpose(1, 2)
+
+
+def _is_plain(projection: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a projection does no more than to multiply by its weight."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    own = type(projection).forward is kind.forward and "forward" not in vars(projection)
+    return own and not any(getattr(projection, name) for name in hooks)
 
 
 def _check_heads(num_heads: int, num_kv_heads: int, mesh: ParallelMesh) -> None:

@@ -123,29 +123,32 @@ class _ColumnGradients:
         self.group, self.shared = group, shared
         self.needs_input = self.needs_weight = False
         self._sink = sink_of(weight)
-        self._dtype = weight.dtype
+        self._dtype, self._shape = weight.dtype, tuple(weight.shape)
         self._input_grad: Tensor | None = None
         self._weight_grad: Tensor | None = None
         self._gather: PendingTensor | None = None
         self._gathered: Tensor | None = None
 
-    def add(self, grad: Tensor, own: Tensor, weight: Tensor, runs: Runs) -> None:
-        """Add the gradients of a chunk, from that of its features ``[T, rows]``."""
+    def add(self, grad: Tensor, own: Tensor | None, weight: Tensor | None, runs: Runs) -> None:
+        """Add the gradients of a chunk, from that of its features ``[T, rows]``; operands of what is wanted."""
         defers = self._sink is not None and self._sink.defers
         gathers = self.shared and self.needs_weight and not defers
         if gathers and self._gather is None and self._gathered is None:
             assert self.group is not None
+            assert own is not None
             self._gather = start_all_gather(own, self.group)
         if self.needs_input:
+            assert weight is not None
             self._input_grad = _add_product(self._input_grad, grad, _joined(weight, runs, 0).to(grad.dtype))
         if self.needs_weight:
+            assert own is not None
             part: WeightGrad
             if self.shared and defers:
                 assert self.group is not None
                 part = GatheredInputGrad(grad, own, self.group)
             else:
                 part = MatmulGrad(grad, self._tokens() if gathers else own)
-            rest = deliver(PartOfGrad(part, runs, tuple(weight.shape)), self._sink, self._dtype)
+            rest = deliver(PartOfGrad(part, runs, self._shape), self._sink, self._dtype)
             self._weight_grad = _add(self._weight_grad, rest)
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
@@ -187,7 +190,8 @@ class _Rows(torch.autograd.Function):
         ctx: Any, _: Tensor, tokens: Tensor, own: Tensor, weight: Tensor, runs: Runs, gradients: _ColumnGradients
     ) -> Tensor:
         ctx.runs, ctx.gradients = runs, gradients
-        ctx.save_for_backward(own, weight)
+        # What nothing needs is not kept: tokens of a frozen weight.
+        ctx.save_for_backward(own if gradients.needs_weight else None, weight if gradients.needs_input else None)
         return F.linear(tokens, _joined(weight, runs, 0).to(tokens.dtype))
 
     @staticmethod
@@ -217,12 +221,15 @@ class _Arrivals(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, settings: _RowSettings, *tickets: Tensor) -> Tensor:
         ctx.settings, ctx.sink = settings, sink_of(weight)
-        chunks, total = [], None
+        chunks: list[Tensor] = []
+        total = None
         for exchange, columns in zip(settings.exchanges, settings.columns, strict=True):
             blocks = exchange.collect()
             ctx.shape = blocks.shape
-            chunks.append(blocks.movedim(0, 2).flatten(2).flatten(0, 1))
-            total = _add_product(total, chunks[-1], _joined(weight, columns, 1).to(blocks.dtype).t())
+            chunk = blocks.movedim(0, 2).flatten(2).flatten(0, 1)
+            total = _add_product(total, chunk, _joined(weight, columns, 1).to(blocks.dtype).t())
+            if ctx.needs_input_grad[0]:
+                chunks.append(chunk)
         ctx.save_for_backward(weight, *chunks)
         assert total is not None
         total = total.to(tickets[0].dtype)
@@ -239,7 +246,7 @@ class _Arrivals(torch.autograd.Function):
         if settings.shared and (any(needs_chunk) or not defers):
             whole = all_gather(grad, settings.group)
         # The last chunk first, as autograd goes on with it. All are sent before any weight gradient is computed.
-        order = list(reversed(range(len(chunks))))
+        order = list(reversed(range(len(settings.exchanges))))
         ranks, batch, length, _, width = ctx.shape
         for i in order:
             if needs_chunk[i]:

@@ -51,6 +51,8 @@ class PendingExchange:
 
     def post(self, blocks: Tensor) -> None:
         """Begin to exchange blocks, without a gradient."""
+        if self._pending is not None:  # a backward pass has stopped in between; what it sends must not be freed
+            self._wait()
         blocks = blocks.contiguous()
         received = torch.empty_like(blocks)
         work = dist.all_to_all_single(received, blocks, group=self._group, async_op=True)

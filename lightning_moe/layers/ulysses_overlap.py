@@ -172,6 +172,11 @@ class ChunkedHeads:
             sequence_parallel=layout.sequence_parallel,
         )
 
+    def join(self, attended: list[_UnderWay]) -> Tensor:
+        """Wait for attended heads: ``[B, Q, N * H]``, what the output projection as a whole takes."""
+        received = [chunk.exchange.finish(chunk.ticket) for chunk in attended]  # [C, B, Q, heads of the chunk, H]
+        return torch.cat(received, dim=3).movedim(0, 2).flatten(2)
+
     def _start(self, heads: Heads) -> _UnderWay:
         query, *keys = heads
         if self._copies > 1:

@@ -35,9 +35,9 @@ def auxiliary_loss(scores: Tensor, tokens_per_expert: Tensor, top_k: int, mask: 
         Scalar in the dtype of ``scores``, this rank's term; 0 without a token. Only ``P`` carries a gradient.
     """
     num_choices = tokens_per_expert.sum().clamp(min=1)
-    fraction = tokens_per_expert.to(scores.dtype) / num_choices
-    mean_score = _masked(scores, mask).sum(0) * top_k / num_choices
-    return scores.shape[-1] * (fraction * mean_score).sum()
+    # All factors but the scores at once: each operation on E numbers is a launch, and a layer has many of them.
+    coefficient = tokens_per_expert.to(scores.dtype) * (scores.shape[-1] * top_k) / num_choices.square()
+    return _masked(scores, mask).sum(0).dot(coefficient)
 
 
 def sequence_auxiliary_loss(

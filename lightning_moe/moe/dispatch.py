@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_moe.moe.choices import position_in_expert
+from lightning_moe.moe.choices import order_of_choices, position_in_expert
 from lightning_moe.moe.rows import dot_choices, spread_grad, sum_choices, take_rows
 from lightning_moe.parallel.collectives import all_to_all
 
@@ -110,7 +110,7 @@ def plan_dispatch(
     own = counts.numbers[rank]
     received = counts.tensor[:, local_slots]
     pieces = [source[local_slots] for source in counts.numbers]
-    row_of_choice, choice_of_row = matched or match_rows(slots, counts.tensor[rank], sum(own), sent)
+    row_of_choice, choice_of_row = matched or match_rows(slots, counts.tensor[rank], sum(own), sent, padded=padded)
     to_expert_major, to_source_major = _expert_major(received, sum(map(sum, pieces)))
     return DispatchPlan(
         num_tokens=slots.shape[0],
@@ -128,7 +128,9 @@ def plan_dispatch(
     )
 
 
-def match_rows(slots: Tensor, sizes: Tensor, num_rows: int, sent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def match_rows(
+    slots: Tensor, sizes: Tensor, num_rows: int, sent: Tensor | None = None, *, padded: bool = False
+) -> tuple[Tensor, Tensor]:
     """Match choices with rows of the send buffer; needs to know nothing of the other ranks.
 
     Args:
@@ -136,18 +138,25 @@ def match_rows(slots: Tensor, sizes: Tensor, num_rows: int, sent: Tensor | None 
         sizes: Rows that this rank sends to each slot, int64 ``[slots]`` on the device.
         num_rows: Their sum ``R``.
         sent: Bool ``[T, K]``: choices that are sent; None for all.
+        padded: Whether there are more rows for a slot than choices.
 
     Returns:
         Row of each choice (0 where not sent), ``[N]``, and choice of each row (-1 at padding), ``[R]``.
     """
-    first_row = sizes.cumsum(0) - sizes
-    rows = (first_row[slots] + position_in_expert(slots, sizes.numel(), sent)).flatten()
-    if sent is not None:
-        # One more row takes what is not sent: selecting by a mask would wait for the device to count it.
-        rows = rows.where(sent.flatten(), num_rows)
-    choices = torch.full((num_rows + 1,), -1, device=slots.device)
-    choices[rows] = torch.arange(rows.numel(), device=slots.device)
-    return (rows if sent is None else rows.where(sent.flatten(), 0)), choices[:num_rows]
+    flat_sent = None if sent is None else sent.flatten()
+    if padded:
+        first_row = sizes.cumsum(0) - sizes
+        rows = (first_row[slots] + position_in_expert(slots, sizes.numel(), sent)).flatten()
+        if flat_sent is not None:
+            # One more row takes what is not sent: selecting by a mask would wait for the device to count it.
+            rows = rows.where(flat_sent, num_rows)
+        choices = torch.full((num_rows + 1,), -1, device=slots.device)
+        choices[rows] = torch.arange(rows.numel(), device=slots.device)
+    else:
+        choices = order_of_choices(slots, sizes.numel(), sent)
+        rows = torch.empty_like(choices)
+        rows[choices] = torch.arange(rows.numel(), device=slots.device)
+    return (rows if flat_sent is None else rows.where(flat_sent, 0)), choices[:num_rows]
 
 
 def dispatch(tokens: Tensor, plan: DispatchPlan, group: dist.ProcessGroup | None) -> Tensor:

@@ -239,7 +239,7 @@ class MoELayer(nn.Module):
             plan = once(saved, lambda: sending.plan(counts, self.mesh.rank(Axis.EXPERT_MODEL)))
             out = self.run_experts(tokens.to(dtype), weights, plan, tokens.dtype)
         else:
-            out = overlapped.finish(counts, tokens.dtype, replaying=saved is not None and saved.replaying)
+            out = overlapped.finish(counts, tokens.dtype)
         if shared is not None:
             out = out + shared.to(out.dtype)
         # In evaluation the ranks may call a layer different numbers of times, so no rank may wait for the

@@ -45,7 +45,9 @@ class RowsToSend:
 
     def routes(self, count: int) -> RowRoutes:
         """Which of the rows each choice becomes."""
-        row_of_choice, choice_of_row = self.matched or match_rows(self.slots, self.sizes, count, self.sent)
+        row_of_choice, choice_of_row = self.matched or match_rows(
+            self.slots, self.sizes, count, self.sent, padded=self.padded
+        )
         return RowRoutes(
             self.slots.shape[1],
             row_of_choice,

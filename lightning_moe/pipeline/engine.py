@@ -80,6 +80,8 @@ class PipelineEngine:
         device: Where the tensors live.
         dynamic_shapes: Whether shapes may differ between microbatches whose own shapes are equal.
         forward_context: Makes the context of each F, e.g. autocast.
+        defer_fused: Whether the weight gradients of a BW wait for its end, too. Exchanges inside the backward pass can
+            then compute those of later layers while they wait.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class PipelineEngine:
         *,
         dynamic_shapes: bool = False,
         forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        defer_fused: bool = False,
     ) -> None:
         self._model = model
         self._rank, self._placement = rank, placement
@@ -101,6 +104,7 @@ class PipelineEngine:
         self._device = device
         self._dynamic = dynamic_shapes
         self._forward_context = forward_context
+        self._defer_fused = defer_fused
 
     def train_step(
         self, actions: Actions, microbatches: Sequence[Microbatch], loss_grad: Tensor, listener: PassListener
@@ -218,7 +222,8 @@ class _Step:
             grads.append(saved.loss_grad)
         assert self._listener is not None
         self._listener.start_pass(action.chunk, final=final)
-        with queue.capture(k, action.chunk) if action.kind is Kind.B else nullcontext():
+        deferred = action.kind is Kind.B or self._engine._defer_fused
+        with queue.capture(k, action.chunk) if deferred else nullcontext():
             if edges:
                 torch.autograd.backward(edges, grads)
         self._listener.end_pass()
@@ -226,6 +231,8 @@ class _Step:
         leaves = [tensor for tensor in saved.inputs if tensor.requires_grad]
         if edge is not None and leaves:
             self._give(edge, k, tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves))
+        if deferred and action.kind is Kind.BW:
+            queue.pop(k, action.chunk)
 
     def _loss_grad_like(self, loss: Tensor, microbatch: Microbatch) -> Tensor:
         assert self._loss_grad is not None

@@ -15,7 +15,7 @@ changes no bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -33,6 +33,9 @@ from lightning_moe.moe.overlap.rates import measure_rates
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.weight_grad import compute_dtype
 from lightning_moe.weight_grad.queue import WeightGradQueue
+
+_FAST_LINK = 100e9
+"""Bytes per second: NVLink is several times faster, host memory and networks are slower."""
 
 
 class _Products(NamedTuple):
@@ -63,7 +66,7 @@ class LayerOverlap:
         mesh: ParallelMesh,
         queue: WeightGradQueue | None,
         forward_context: Callable[[], AbstractContextManager[None]],
-    ) -> None:
+    ) -> bool:
         """Prepare all expert and attention layers; a collective call of the ranks that share experts.
 
         Where something depends on rates that are not given, they are measured, once for each kind of layer, and kept
@@ -74,6 +77,9 @@ class LayerOverlap:
             mesh: The parallel mesh.
             queue: Deferred weight gradients, to be computed in waits; None where there are none.
             forward_context: Makes the context that the model runs in, e.g. autocast.
+
+        Returns:
+            Whether there are layers that take weight gradients from the queue.
 
         Raises:
             ConfigError: The experts of a rank cannot be divided as is wanted.
@@ -90,9 +96,12 @@ class LayerOverlap:
                     if products not in overlaps:
                         overlaps[products] = self._make(self._config, layer, products, queue)
                     layer.overlap = overlaps[products]
-            elif isinstance(layer, CausalSelfAttention):
-                layer.exchange_chunks = _exchange_chunks(self._config)
+        rates = [overlap.rates for overlap in overlaps.values() if overlap.rates is not None]
+        for layer in module.modules():
+            if isinstance(layer, CausalSelfAttention):
+                layer.exchange_chunks = _exchange_chunks(self._config, rates)
                 layer.wait_at_once = self._config is not None and self._config.wait_at_once
+        return queue is not None and bool(overlaps)
 
     def _make(
         self, config: OverlapConfig, layer: MoELayer, products: _Products, queue: WeightGradQueue | None
@@ -131,12 +140,14 @@ def _products_of(layer: MoELayer) -> _Products:
     return _Products(up.shape[0], up.shape[2], up.shape[1], down.shape[2], compute_dtype(up))
 
 
-def _exchange_chunks(config: OverlapConfig | None) -> int:
+def _exchange_chunks(config: OverlapConfig | None, rates: Sequence[Rates]) -> int:
     """Chunks of heads; a layer makes as many of them as it can, and none where there is nobody to exchange with."""
     if config is None:
         return 1
     if config.attention_chunks is not None:
         return config.attention_chunks
+    if config.dispatch == "auto":  # on a fast link the chunks' own work is more than what they hide
+        return 2 if any(rate.link_bytes_per_second < _FAST_LINK for rate in rates) else 1
     return 1 if config.dispatch == "blocking" else 2
 
 

@@ -69,6 +69,7 @@ class PipelinedStrategy(CheckpointedStrategy):
         self.pipeline = pipeline
         self._reducer: GradientReducer | None = None
         self._queue: WeightGradQueue | None = None
+        self._fills_waits = False
         self._schedules: dict[int, Schedule] = {}
         self._transport: Transport | None = None
         self._connected: tuple[ParallelMesh, Placement] | None = None
@@ -281,6 +282,7 @@ class PipelinedStrategy(CheckpointedStrategy):
             self.root_device,
             dynamic_shapes=self._settings.dynamic_shapes,
             forward_context=self.precision_plugin.forward_context,
+            defer_fused=self._fills_waits,
         )
 
     def _reduce(self, totals: StepTotals, *, training: bool) -> ScheduleResult:

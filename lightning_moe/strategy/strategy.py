@@ -162,7 +162,8 @@ class MoEStrategy(PipelinedStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         broadcast_replicas(self.model, self.mesh)
-        self._layer_overlap.set_up(self.model, self.mesh, self._queue, self.precision_plugin.forward_context)
+        context = self.precision_plugin.forward_context
+        self._fills_waits = self._layer_overlap.set_up(self.model, self.mesh, self._queue, context)
         if trainer.state.fn == TrainerFn.FITTING:
             check_shards(trainer.lightning_module, self.mesh)
             self._reset_optimizers_and_schedulers()

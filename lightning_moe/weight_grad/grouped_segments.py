@@ -76,7 +76,8 @@ class SegmentedMatmulGrad(WeightGrad):
             main_grad[: self.first_expert].zero_()
             main_grad[stop:].zero_()
         own = main_grad[self.first_expert : stop]
-        if is_worth_one_launch(self.rows, own, self.num_rows):
+        # Asked of the whole weight: a part must not be computed by another kernel than all parts at once.
+        if is_worth_one_launch(self.rows, main_grad, self.rows.shape[0]):
             from lightning_moe.weight_grad import triton_grouped
 
             triton_grouped.add_segments(self.grad_output, self.rows, self.bounds, own, accumulate=accumulate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -15,19 +16,24 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from lightning_moe.bench.deterministic import deterministic
 from lightning_moe.bench.moe import main, parse
-from lightning_moe.bench.moe_contest import SIZES, LayerSize
+from lightning_moe.bench.moe_contest import SIZES, Contest, LayerSize
 from lightning_moe.bench.moe_limits import hidden_fractions, limit_milliseconds, predicted_milliseconds
-from lightning_moe.bench.moe_rounds import PARTS, Series
+from lightning_moe.bench.moe_rounds import PARTS, Series, equality
 from lightning_moe.bench.moe_timeline import Span, spans_of_kernels, timeline_svg
 from lightning_moe.cli import bench
+from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.moe.overlap.cost import LayerShape, Rates, hideable
 from lightning_moe.moe.overlap.plan import Chunking
+from lightning_moe.parallel.mesh import ParallelMesh
 from tests.distributed import RankPool
 
 SHAPE = LayerShape(ranks=2, local_slots=4, hidden=64, up_width=128, inner=64, rows=1024, itemsize=4)
 RATES = Rates(link_bytes_per_second=1e8, gemm=((16.0, 1e10),), copy_bytes_per_second=1e10)
+EQUAL = {"output": True, "gradients": True, "unequal": []}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -65,7 +71,7 @@ def test_the_report(ranks: RankPool, tmp_path: Path) -> None:
         if name != "blocking":
             assert 0 <= row["relative_error"] <= row["max_relative_error"] < 1e-4
             assert row["worst"] in ("output", "input", "router.weight", "experts.gate_up_proj", "experts.down_proj")
-    assert run["bitwise_equal"] is True
+    assert run["bitwise_equal"] == EQUAL
     assert rows["blocking"]["chunking"] is None
     assert rows["p2p"]["chunking"] == rows["waiting"]["chunking"] == {"by": "source", "groups": 1, "slot_major": False}
     assert run["rates"]["link_bytes_per_second"] == pytest.approx(0.05e9)
@@ -102,7 +108,7 @@ def test_the_setting_of_fluid_moe(ranks: RankPool) -> None:
     fluid = report["fluid"]
     rows = {row["name"]: row for row in fluid["results"]}
     assert list(rows) == ["blocking", "attention alone", "experts alone", "waiting", "overlap", "overlap, queue"]
-    assert fluid["bitwise_equal"] is True
+    assert fluid["bitwise_equal"] == dict.fromkeys(("waiting", "overlap", "overlap, queue"), EQUAL)
     for name, row in rows.items():
         check_times(row)
         for part in PARTS:
@@ -132,9 +138,61 @@ def test_megatron_computes_the_same() -> None:
     assert result.returncode == 0, result.stderr
     (run,) = json.loads(result.stdout.splitlines()[-1])["runs"]
     rows = {row["name"]: row for row in run["results"]}
-    assert run["bitwise_equal"] is True
+    assert run["bitwise_equal"] == EQUAL
     assert rows["megatron"]["relative_error"] < 3e-2
     assert rows["p2p"]["step_peak_gib"] > 0
+
+
+def test_only_waiting_waits(ranks: RankPool) -> None:
+    found = {"p2p": False, "waiting": True, "auto": False}
+    assert ranks.run(2, who_waits) == [found] * 2
+
+
+def who_waits() -> dict[str, bool]:
+    options = parse(["--device", "cpu", "--hidden", "32", "--expert-hidden", "16", "--tokens", "64"])
+    mesh = ParallelMesh.build(ParallelConfig(expert=2))
+    overlaps = Contest(options.sizes[0], options, mesh, torch.device("cpu")).overlaps
+    return {name: overlap.config.wait_at_once for name, overlap in overlaps.items() if overlap is not None}
+
+
+def test_equality_is_told_apart_for_the_output_and_gradients(ranks: RankPool) -> None:
+    first, second = ranks.run(2, unequal_on_the_second_rank)
+    assert (
+        first
+        == second
+        == [
+            EQUAL,
+            {"output": False, "gradients": True, "unequal": ["output"]},
+            {"output": True, "gradients": False, "unequal": ["weight"]},
+        ]
+    )
+
+
+def unequal_on_the_second_rank() -> list[dict[str, Any]]:
+    expected = {"output": torch.ones(2), "weight": torch.zeros(2)}
+    found = []
+    for name in (None, "output", "weight"):
+        changed = {key: value + (key == name and dist.get_rank() == 1) for key, value in expected.items()}
+        found.append(equality(changed, expected, torch.device("cpu")))
+    return found
+
+
+def test_nondeterministic_operations_are_errors_while_bits_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic():
+            # Where they only warn, fused attention goes on to use atomics.
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.are_deterministic_algorithms_enabled()
+            assert "CUBLAS_WORKSPACE_CONFIG" in os.environ
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with deterministic():
+        pass
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_hidden_fractions_are_those_of_the_model() -> None:

@@ -69,6 +69,8 @@ def test_to_json_and_back() -> None:
         ("link_gigabytes_per_second", 0.0, "greater than 0"),
         ("link_gigabytes_per_second", float("nan"), "greater than 0"),
         ("link_gigabytes_per_second", "fast", "a number or null"),
+        ("link_gigabytes_per_second", float("inf"), "a finite number"),
+        ("gemm_teraflops", float("inf"), "a finite number"),
         ("gemm_teraflops", -1.0, "greater than 0"),
         ("wait_at_once", 1, "true or false"),
     ],
@@ -80,3 +82,13 @@ def test_refused(field: str, value: Any, allowed: str) -> None:
     assert refused.value.value is value
     assert allowed in refused.value.allowed
     assert repr(value) in str(refused.value)
+
+
+def test_groups_of_experts_without_chunks_of_experts_are_refused() -> None:
+    """They would do nothing."""
+    for chunk in ("auto", "expert"):
+        OverlapConfig(chunk=chunk, expert_groups=4)  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"overlap\.expert_groups: 4 is not allowed; allowed: null with chunk: source"
+    ):
+        OverlapConfig(chunk="source", expert_groups=4)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from tests.layers.overlapped import TOLERANCES, Case, count_differences, run_overlapped, variants
 from tests.layers.parallel import build_mesh
-from tests.layers.test_ulysses_overlap import BESIDE_TENSOR, cases_of, run_cheap_checks
+from tests.layers.test_overlapped_ways import run_cheap_checks
+from tests.layers.test_ulysses_overlap import BESIDE_TENSOR, cases_of
 
 LARGE = {"length": 4096, "width": 1024, "head": 64, "times": 100}
 """Large enough that a product is still being computed when the next exchange begins."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lightning_moe.bench.deterministic import deterministic
 from lightning_moe.layers import CausalSelfAttention, TokenLayout, rope_frequencies, rope_tables_at
+from lightning_moe.layers.pending_exchange import PendingExchange
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.parallel.sharding import shard_specs
-from lightning_moe.weight_grad import WeightGradQueue
+from lightning_moe.weight_grad import MatmulGrad, WeightGradQueue
 from tests.layers.parallel import Grads, assert_close, assert_shards, own_rows, own_sequence, random
 from tests.layers.test_causal_attention import reference, sum_over, whole_hidden
 from tests.weight_grad.owners import MainGrad
@@ -132,9 +138,7 @@ def variants(case: Case) -> tuple[Case, Case]:
 
 def count_differences(mesh: ParallelMesh, case: Case, length: int, width: int, head: int, times: int) -> int:
     """How many of some runs, every other one of which waits at once, differ from the first in any bit on this rank."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # attention's own backward pass may use atomics
-    try:
+    with deterministic():  # attention's own backward pass may use atomics
         layout = TokenLayout(1, length // mesh.size("context"), context_parallel=True)
         tables = rope(own_sequence(torch.arange(length)[None], mesh, layout), case.dtype, head)
         hidden = own_sequence(random(1, length, width, dtype=case.dtype), mesh, layout)[0]
@@ -152,5 +156,38 @@ def count_differences(mesh: ParallelMesh, case: Case, length: int, width: int, h
             first = first or values
             differences += not all(map(torch.equal, values, first))
         return differences
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
+
+
+def parts(mesh: ParallelMesh, case: Case) -> tuple[Any, TokenLayout, tuple[Tensor, Tensor], Tensor]:
+    """A module, and what it is called with, on tensor or context ranks."""
+    context = mesh.size("context")
+    layout = TokenLayout(BATCH, LENGTH // context, case.sequence_parallel, context_parallel=True)
+    hidden = own_sequence(random(BATCH, LENGTH, WIDTH, dtype=case.dtype), mesh, layout).flatten(0, 1)
+    leaf = hidden.clone().requires_grad_()
+    return build(case, mesh), layout, rope(own_sequence(positions(), mesh, layout), case.dtype), leaf
+
+
+@contextmanager
+def traced() -> Iterator[list[str]]:
+    """Exchanges posted and waited for, numbered in the order of the forward pass; projections, attention, sums."""
+    events: list[str] = []
+    numbers: dict[PendingExchange, int] = {}
+    post, wait, linear, add_to = PendingExchange.post, PendingExchange._wait, F.linear, MatmulGrad.add_to
+    attend = F.scaled_dot_product_attention
+
+    def logged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            number = numbers.setdefault(args[0], len(numbers)) if isinstance(args[0], PendingExchange) else ""
+            events.append(f"{name}{number}")
+            return function(*args, **kwargs)
+
+        return call
+
+    with (
+        patch.object(PendingExchange, "post", logged("post", post)),
+        patch.object(PendingExchange, "_wait", logged("wait", wait)),
+        patch.object(F, "linear", logged("project", linear)),
+        patch.object(F, "scaled_dot_product_attention", logged("attend", attend)),
+        patch.object(MatmulGrad, "add_to", logged("add", add_to)),
+    ):
+        yield events

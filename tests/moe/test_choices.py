@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_moe.moe.choices import count_choices, position_in_expert
+from lightning_moe.moe.choices import count_choices, order_of_choices, position_in_expert
 
 
 @st.composite
@@ -31,3 +31,10 @@ def test_counts_and_positions(drawn: tuple[torch.Tensor, int, torch.Tensor | Non
     assert positions.shape == experts.shape
     assert [p if flag else None for p, flag in zip(positions.flatten().tolist(), flags, strict=True)] == expected
     assert count_choices(experts, num_experts, sent).tolist() == seen
+    in_order = sorted(range(len(flags)), key=lambda n: experts.flatten()[n].item() if flags[n] else num_experts)
+    assert order_of_choices(experts, num_experts, sent).tolist() == in_order
+
+
+def test_order_of_more_experts_than_16_bits_count() -> None:
+    experts = torch.tensor([[40000, 3], [70000, 40000], [32768, 0]])
+    assert order_of_choices(experts, 80000).tolist() == [5, 1, 4, 0, 3, 2]

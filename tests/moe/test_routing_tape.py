@@ -79,7 +79,7 @@ def compare(parallel: ParallelConfig) -> dict[str, Any]:
         for name, module, function in (
             ("header", participation, "all_gather"),
             ("reduction", losses, "_all_reduced"),
-            ("plan", dispatch_module, "position_in_expert"),
+            ("plan", dispatch_module, "order_of_choices"),
             ("exchange", dispatch_module, "all_to_all"),
         ):
             original = getattr(module, function)

@@ -120,7 +120,7 @@ def test_experts_with_several_runs_of_rows(
     grad = segmented(runs, widths, dtype, gap)
     expected = exact_of_segments(grad)
     written = torch.full_like(expected, torch.nan, dtype=torch.float32)
-    assert is_worth_one_launch(grad.rows, written, grad.num_rows) == once
+    assert is_worth_one_launch(grad.rows, written, grad.rows.shape[0]) == once
     grad.add_to(written, accumulate=False)
     torch.testing.assert_close(written.double(), expected, rtol=1e-5, atol=1e-4)
     before = torch.randn_like(written)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.weight_grad import GroupedMatmulGrad, SegmentedMatmulGrad, WeightGradQueue, bounds_of
+from lightning_moe.weight_grad import (
+    GroupedMatmulGrad,
+    SegmentedMatmulGrad,
+    WeightGradQueue,
+    bounds_of,
+    grouped_segments,
+)
 from lightning_moe.weight_grad.grouped_segments import Segments
 from tests.weight_grad.owners import MainGrad
 from tests.weight_grad.test_grouped import offsets_of
@@ -143,3 +149,23 @@ def test_bounds_are_filled_up_with_empty_runs(segments: Segments) -> None:
     assert bounds.shape == (len(segments), longest, 2)
     for runs, row in zip(segments, bounds.tolist(), strict=True):
         assert row == [*map(list, runs), *[[0, 0]] * (longest - len(runs))]
+
+
+def test_parts_and_the_whole_are_computed_by_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether one of ours is faster is asked of the whole weight, or a deferred gradient would differ."""
+    asked = []
+
+    def answer(operand: Tensor, out: Tensor, num_rows: int) -> bool:
+        asked.append((operand.dtype, out.shape, num_rows))
+        return False
+
+    monkeypatch.setattr(grouped_segments, "is_worth_one_launch", answer)
+    whole = segmented(SEGMENTS["several"], torch.bfloat16)
+    main = torch.zeros(EXPERTS, N, K)
+    whole.add_to(main, accumulate=True)
+    for start, end in pairwise((0, 1, 4)):
+        runs = whole.segments[start:end]
+        part = replace(whole, segments=runs, bounds=whole.bounds[start:end], first_expert=FIRST + start)
+        part.add_to(main, accumulate=True)
+    assert len(asked) == 3
+    assert len(set(asked)) == 1

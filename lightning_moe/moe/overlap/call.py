@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_moe.moe.activation import Activation
 from lightning_moe.moe.overlap.plan import ExchangePlan, Piece
-from lightning_moe.moe.overlap.transport import ChunkExchange, Pending
+from lightning_moe.moe.overlap.transport import ChunkExchange, Pending, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class OverlappedCall:
         grouped_gemm: Whether to use the grouped GEMM where it is available.
         save: What backward keeps; see :class:`~lightning_moe.config.OverlapConfig`.
         grad_groups: Parts that each weight's gradient is computed in.
-        settle: Whether to wait for returned rows at once: a recomputation may stop before they are asked for.
         fill: Offers the idle time before a wait, by direction and position, to whoever has work to do.
         returning: Rows on their way back, in forward.
         returning_grads: Gradients on their way back, in backward.
@@ -60,7 +59,6 @@ class OverlappedCall:
     grouped_gemm: bool
     save: str
     grad_groups: int
-    settle: bool
     fill: Callable[[bool, int], None]
     returning: list[Pending] = field(default_factory=list)
     returning_grads: list[Pending] = field(default_factory=list)
@@ -85,8 +83,7 @@ class OverlappedCall:
     def _wait(self, pending: list[Pending], *, backward: bool) -> None:
         if pending:
             self.fill(backward, len(self.plan.chunks) - 1)
-        while pending:
-            pending.pop(0).wait()
+        wait_for_all(pending)
 
 
 def piece_offsets(plan: ExchangePlan, device: torch.device) -> dict[Piece, Tensor]:

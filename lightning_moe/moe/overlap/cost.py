@@ -123,6 +123,7 @@ def predict(
     backward: bool,
     save: Save = "fc1",
     wait_at_once: bool = False,
+    deferred: bool = False,
 ) -> Prediction:
     """Predict a pass through exchange and experts, without router and shared expert.
 
@@ -131,9 +132,10 @@ def predict(
         rates: The machine's.
         chunking: How remote rows are cut; None for all-to-alls that are waited for. These sort the received rows by
             slot, and back, but compute all rows of a slot at once.
-        backward: Which pass. Backward includes the weight gradients, at its end.
+        backward: Which pass.
         save: What backward finds kept; the all-to-alls keep everything.
         wait_at_once: Whether every message is waited for where it is posted.
+        deferred: Whether weight gradients are computed later, and not at the end of backward.
     """
     work = _Work(shape, rates)
     if chunking is None:
@@ -145,7 +147,7 @@ def predict(
         again = save != "fc1"
         head = work.up(own, slots) * again + work.copy(own) * (2 + (save == "redispatch")) + work.grads(own, slots)
         steps = [work.backward_step(chunk, save) for chunk in chunks]
-        tail = work.weight_grads()
+        tail = 0.0 if deferred else work.weight_grads()
     else:
         head = work.copy(own) + work.up(own, slots)
         steps = [work.forward_step(chunk) for chunk in chunks]

@@ -55,10 +55,14 @@ class ExpertOverlap:
         self.config, self.rates, self.queue, self.link = config, rates, queue, link
         self._large_product = large_product
         self._chosen: dict[LayerShape, Chunking | None] = {}
-        self._predicted: dict[tuple[LayerShape, Chunking, bool], Prediction] = {}
+        self._predicted: dict[tuple[LayerShape, Chunking, bool, bool], Prediction] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertOverlap:
         return self  # copies of a layer, as averaging callbacks make them, exchange rows in the same way
+
+    def __getstate__(self) -> dict[str, object]:
+        # The queue belongs to a strategy's gradients, which stay here.
+        return vars(self) | {"queue": None}
 
     def begin(self, layer: MoELayer, tokens: Tensor, weights: Tensor, sending: RowsToSend) -> OverlappedRows:
         """Begin a call, before the other ranks have said what they send.
@@ -84,7 +88,7 @@ class ExpertOverlap:
         sizes = slots.new_zeros(len(counts.numbers[0]))
         weights = torch.empty(slots.shape, dtype=torch.float32, device=slots.device)
         rows = self.begin(layer, tokens, weights, RowsToSend.of(slots, None, sizes, padded=False))
-        rows.finish(counts, tokens.dtype, replaying=False)
+        rows.finish(counts, tokens.dtype)
 
     def chunking(self, shape: LayerShape) -> Chunking | None:
         """How calls of this shape are cut into chunks; None for an all-to-all."""
@@ -102,9 +106,11 @@ class ExpertOverlap:
             queue, rates = self.queue, self.rates
             if queue is None or rates is None or not queue.num_held:
                 return
-            key = shape, chunking, backward
+            key = shape, chunking, backward, queue.capturing
             if key not in self._predicted:
-                self._predicted[key] = predict(shape, rates, chunking, backward=backward, save=self.config.save)
+                self._predicted[key] = predict(
+                    shape, rates, chunking, backward=backward, save=self.config.save, deferred=queue.capturing
+                )
             idle = self._predicted[key].idle
             if position < len(idle) and idle[position] > 0:
                 queue.run_within(idle[position], self._seconds)
@@ -140,25 +146,27 @@ class OverlappedRows:
         self._routes: RowRoutes | None = None
         self._payload: Tensor | None = None
         self._waiting = Waiting()
-        if sending.count is not None and overlap.config.dispatch == "p2p":
+        # By a guess from this rank's rows where the model decides. What is packed before the shared expert is called
+        # keeps the device busy while counts are exchanged, and lets gradients return under it (see function.py).
+        if sending.count is not None and overlap.chunking(_shape_of(layer, tokens, sending.count)) is not None:
             self._pack(sending.count)
 
-    def finish(self, counts: RowCounts, dtype: torch.dtype, *, replaying: bool) -> Tensor:
+    def finish(self, counts: RowCounts, dtype: torch.dtype) -> Tensor:
         """Exchange the rows, and compute.
 
         Args:
             counts: Rows that each rank sends to each slot.
             dtype: Dtype of the result.
-            replaying: Whether a checkpointed function runs again.
 
         Returns:
             ``[T, D]``.
         """
         layer, rank = self._layer, self._layer.mesh.rank(Axis.EXPERT_MODEL)
         up, down = layer.experts.projections
-        shape = _shape_of(counts, self._tokens, up, down)
+        shape = _shape_of(layer, self._tokens, sum(map(sum, counts.numbers)) / len(counts.numbers))
         chunking = self._overlap.chunking(shape)
         if chunking is None:
+            self._payload = None
             return layer.run_experts(self._tokens, self._weights, self._sending.plan(counts, rank), dtype)
         if self._payload is None:
             self._pack(sum(counts.numbers[rank]))
@@ -174,7 +182,6 @@ class OverlappedRows:
             layer.experts.grouped_gemm,
             config.save,
             _GRAD_GROUPS,
-            replaying,
             self._overlap.filler(shape, chunking),
         )
         again = None
@@ -197,13 +204,12 @@ def _products(shape: LayerShape, chunking: Chunking) -> float:
     return sources * shape.rows / shape.ranks / shape.local_slots * shape.hidden * shape.up_width
 
 
-def _shape_of(counts: RowCounts, tokens: Tensor, up: Tensor, down: Tensor) -> LayerShape:
-    """The call's shape, equal on all ranks; rows rounded, so that few different ones are met."""
-    ranks = len(counts.numbers)
-    rows = sum(map(sum, counts.numbers)) / ranks
+def _shape_of(layer: MoELayer, tokens: Tensor, rows: float) -> LayerShape:
+    """Shape of a call in which each rank sends so many rows; they are rounded, so that few different shapes are met."""
+    up, down = layer.experts.projections
     step = 2 ** max(0, int(rows).bit_length() - 4)  # to an eighth or less
     return LayerShape(
-        ranks=ranks,
+        ranks=layer.mesh.size(Axis.EXPERT_MODEL),
         local_slots=up.shape[0],
         hidden=tokens.shape[1],
         up_width=up.shape[1],

@@ -23,6 +23,7 @@ the rows that come back are not kept. Weights ride in the rows' pads, their grad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,10 +34,10 @@ from torch.autograd.function import once_differentiable
 from lightning_moe.moe.overlap import payload as rows_with_pads
 from lightning_moe.moe.overlap import scaled_activation
 from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes
+from lightning_moe.moe.overlap.matrices import ExpertMatrices
 from lightning_moe.moe.overlap.plan import Chunk, Piece
-from lightning_moe.moe.overlap.transport import Pending, post_beside
+from lightning_moe.moe.overlap.transport import Pending, post_beside, wait_for_all
 from lightning_moe.moe.rows import sum_choices, take_rows
-from lightning_moe.weight_grad.grouped import can_group, grouped_product
 from lightning_moe.weight_grad.grouped_segments import SegmentedMatmulGrad, bounds_of
 from lightning_moe.weight_grad.sink import WeightGradSink, sink_of
 
@@ -79,7 +80,9 @@ def exchange_and_compute(
         ``[R, D]``, for :func:`collect` alone: it may not have arrived.
     """
     tokens, weights = again or (None, None)
-    rows: Tensor = _Experts.apply(payload, up, down, tokens, weights, call)  # type: ignore[no-untyped-call]
+    # Inside the function gradients are never recorded, and what needs them says so under no_grad, too.
+    records = torch.is_grad_enabled() and any(each.requires_grad for each in (payload, up, down))
+    rows: Tensor = _Experts.apply(payload, up, down, tokens, weights, call, records)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -121,15 +124,16 @@ class _Experts(torch.autograd.Function):
         tokens: Tensor | None,
         weights: Tensor | None,
         call: OverlappedCall,
+        records: bool,
     ) -> Tensor:
         rows = payload.new_empty((call.plan.num_computed, payload.shape[1]))
-        matrices = _Matrices(up, down, payload.dtype, call)
+        matrices = ExpertMatrices(up, down, payload.dtype, call.offsets, call.grouped_gemm)
         projected: list[Tensor] = []
 
         def first_half(piece: Piece) -> Tensor:
             own = rows[piece.rows]
             first = matrices.project(piece, own)
-            if call.save == "fc1" and any(ctx.needs_input_grad):
+            if records and call.save == "fc1":
                 projected.append(first)
             return scaled_activation.forward(first, rows_with_pads.probabilities_of(own), call.activation)
 
@@ -150,8 +154,6 @@ class _Experts(torch.autograd.Function):
             call.returning.append(call.exchange.give_back(chunk, results, returned))
         for (piece, own), activated in zip(call.own_pieces(returned), inner, strict=True):
             own.copy_(matrices.project_down(piece, activated))
-        if call.settle:
-            call.wait_for_rows()
         ctx.call, ctx.sinks = call, (sink_of(up), sink_of(down))
         if call.save == "fc1":
             ctx.save_for_backward(up, down, rows, *projected)
@@ -170,7 +172,9 @@ class _Experts(torch.autograd.Function):
         up, down, *saved = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             grads = _backward(call, grad.contiguous(), (up, down), saved, ctx.sinks, ctx.needs_input_grad)
-        return *grads, None, None, None
+        # Where gradients of weights alone are asked for, autograd does not get to what waits for those of rows.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(wait_for_all, call.returning_grads))
+        return *grads, None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -178,47 +182,20 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, call: OverlappedCall, dtype: torch.dtype) -> Tensor:
-        ctx.routes, ctx.dtype = call.routes, rows.dtype
-        call.wait_for_rows()
         routes = call.routes
+        ctx.routes, ctx.dtype = routes, rows.dtype
+        call.wait_for_rows()
+        # Saved, though it is at hand: a checkpointed function that runs again ends with the last tensor that is saved.
+        # It must not end before the rows are here, or they would be written to memory that has been freed.
+        ctx.save_for_backward(routes.choice_of_row)
         return sum_choices(rows, routes.row_of_choice, routes.choice_sent, None, routes.top_k, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         routes: RowRoutes = ctx.routes
-        return take_rows(grad.to(ctx.dtype), routes.choice_of_row // routes.top_k, routes.row_filled), None, None
-
-
-class _Matrices:
-    """The experts' weights in the dtype of the computation, and their products with the rows of a piece."""
-
-    def __init__(self, up: Tensor, down: Tensor, dtype: torch.dtype, call: OverlappedCall) -> None:
-        self.up, self.down, self._call = up.detach().to(dtype), down.detach().to(dtype), call
-
-    def project(self, piece: Piece, rows: Tensor) -> Tensor:
-        """The first projection ``[rows, U]`` of payload rows."""
-        return self._product(piece, rows_with_pads.hidden_of(rows), self.up.transpose(1, 2))
-
-    def project_down(self, piece: Piece, inner: Tensor) -> Tensor:
-        """The second projection ``[rows, D]``."""
-        return self._product(piece, inner, self.down.transpose(1, 2))
-
-    def grad_inner(self, piece: Piece, grad: Tensor) -> Tensor:
-        """The gradient of the second projection's input, ``[rows, F]``."""
-        return self._product(piece, grad, self.down)
-
-    def grad_hidden(self, piece: Piece, grad: Tensor) -> Tensor:
-        """The gradient of the first projection's input, ``[rows, D]``."""
-        return self._product(piece, grad, self.up)
-
-    def _product(self, piece: Piece, left: Tensor, matrices: Tensor) -> Tensor:
-        if len(piece.counts) == 1:
-            return left @ matrices[piece.first_slot]
-        matrices = matrices[piece.slots]
-        stacked = matrices if matrices.is_contiguous() else matrices.transpose(1, 2)
-        grouped = self._call.grouped_gemm and can_group(left, stacked)
-        return grouped_product(left, matrices, piece.counts, self._call.offsets[piece], grouped)
+        (choice_of_row,) = ctx.saved_tensors
+        return take_rows(grad.to(ctx.dtype), choice_of_row // routes.top_k, routes.row_filled), None, None
 
 
 def _backward(
@@ -229,19 +206,15 @@ def _backward(
     sinks: tuple[WeightGradSink | None, WeightGradSink | None],
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    plan, routes = call.plan, call.routes
+    plan = call.plan
     rows, *projected = saved
-    rows_arrivals = []
+    rows_arrivals: list[Pending] = []
     if call.save == "redispatch":
-        tokens, probabilities = saved
-        payload = rows_with_pads.pack(tokens, probabilities, routes.choice_of_row, routes.row_filled)
-        rows, projected = payload.new_empty((plan.num_computed, payload.shape[1])), []
-        rows_arrivals = _dispatch(call, payload, rows)
-        _copy_own(call, payload, rows)
+        (rows, rows_arrivals), projected = _exchange_again(call, *saved), []
     grads = grad.new_empty((plan.num_computed, grad.shape[1]))
     arrivals = _dispatch(call, grad, grads)
     _copy_own(call, grad, grads)
-    matrices = _Matrices(*weights, grad.dtype, call)
+    matrices = ExpertMatrices(*weights, grad.dtype, call.offsets, call.grouped_gemm)
     kept = iter(projected)
     grad_projected = grad.new_empty((plan.num_computed, weights[0].shape[1]))
     inner = grad.new_empty((plan.num_computed, weights[1].shape[2]))
@@ -285,6 +258,16 @@ def _backward(
 def _dispatch(call: OverlappedCall, source: Tensor, buffer: Tensor) -> list[Pending]:
     """Post the rows of all remote chunks."""
     return [call.exchange.dispatch(chunk, source, buffer) for _, chunk in _remote(call)]
+
+
+def _exchange_again(call: OverlappedCall, tokens: Tensor, weights: Tensor) -> tuple[Tensor, list[Pending]]:
+    """The rows that this rank computes, on their way once more; only messages keep the send buffer."""
+    routes = call.routes
+    payload = rows_with_pads.pack(tokens, weights, routes.choice_of_row, routes.row_filled)
+    rows = payload.new_empty((call.plan.num_computed, payload.shape[1]))
+    arrivals = _dispatch(call, payload, rows)
+    _copy_own(call, payload, rows)
+    return rows, arrivals
 
 
 def _copy_own(call: OverlappedCall, source: Tensor, buffer: Tensor) -> None:

@@ -62,6 +62,12 @@ class Pending:
         self._tensors.clear()
 
 
+def wait_for_all(pending: list[Pending]) -> None:
+    """Wait for messages, the first first, and empty the list."""
+    while pending:
+        pending.pop(0).wait()
+
+
 def post_beside(post: Callable[[], T], compute: Callable[[], U], device: torch.device) -> tuple[T, U]:
     """Post messages, and do work that needs none of them and that they do not need.
 
