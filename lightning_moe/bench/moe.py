@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ from lightning_moe.bench.moe_contest import CONTESTANTS, SIZES, Contest, LayerSi
 from lightning_moe.bench.moe_limits import hidden_fractions, limit_milliseconds, predicted_milliseconds
 from lightning_moe.bench.moe_report import environment, print_fluid, print_run
 from lightning_moe.bench.moe_timeline import draw_timeline
+from lightning_moe.bench.ranks import join_ranks, start_ranks
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.typecheck import closest
 from lightning_moe.errors import ConfigError
@@ -212,15 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as problem:
         print(problem, file=sys.stderr)
         return 2
-    if "RANK" not in os.environ:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-        return subprocess.call([*command, "-m", "lightning_moe.bench.moe", *arguments])
-    torch.set_num_threads(1)
-    device = torch.device("cpu")
-    if options.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo", device_id=_of_nccl(device))
+    code = start_ranks("lightning_moe.bench.moe", options.ranks, arguments)
+    if code is not None:
+        return code
+    device = join_ranks(options.device)
     report = environment(options, device)
     if options.fluid:
         from lightning_moe.bench.moe_fluid import measure_fluid  # loads the models
@@ -241,10 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return 0
-
-
-def _of_nccl(device: torch.device) -> torch.device | None:
-    return device if device.type == "cuda" else None
 
 
 def _on_first(show: Any, figures: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from lightning_moe.bench.sinks import QueueingSink
 from lightning_moe.weight_grad import WeightGrad, attach_sink
 from lightning_moe.weight_grad.queue import WeightGradQueue
 
@@ -34,29 +36,14 @@ class MainGrads:
             sink.fresh = True
 
 
-class _Sink:
+class _Sink(QueueingSink):
     def __init__(self, weight: nn.Parameter, queue: WeightGradQueue) -> None:
+        super().__init__(queue)
         self.buffer = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
         self.fresh = True
-        self._queue = queue
 
-    @property
-    def defers(self) -> bool:
-        """Whether the queue captures."""
-        return self._queue.capturing
-
-    def take(self, grad: WeightGrad, *, deferrable: bool = True) -> bool:
-        """Add the gradient, or put it into the queue."""
-        if deferrable and self._queue.capturing:
-            self._queue.put(self, grad)
-        else:
-            self.add(grad)
-        return True
-
+    @override
     def add(self, grad: WeightGrad) -> None:
         """Write the gradient, or add it."""
         grad.add_to(self.buffer, accumulate=not self.fresh)
         self.fresh = False
-
-    def drained(self) -> None:
-        """Nothing waits for it."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from lightning_moe.bench.pipeline_contest import Contest
 from lightning_moe.bench.pipeline_peer import PEERS
+from lightning_moe.bench.ranks import join_ranks, start_ranks
 from lightning_moe.bench.timing import Times
 from lightning_moe.config.typecheck import closest
 from lightning_moe.errors import ConfigError
@@ -195,17 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as problem:
         print(problem, file=sys.stderr)
         return 2
-    if "RANK" not in os.environ:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-        return subprocess.call([*command, "-m", "lightning_moe.bench.pipeline", *arguments])
-    torch.set_num_threads(1)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if options.device == "cuda" else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device is not None else "gloo", device_id=device)
+    code = start_ranks("lightning_moe.bench.pipeline", options.ranks, arguments)
+    if code is not None:
+        return code
+    device = join_ranks(options.device)
     results = [measure(options, count) for count in options.microbatches]
     report = {
-        "device": torch.cuda.get_device_name() if device is not None else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "blocks": options.blocks,
         "hidden": options.hidden,

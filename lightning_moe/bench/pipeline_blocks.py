@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
+from lightning_moe.bench.sinks import QueueingSink
 from lightning_moe.layers import Linear
 from lightning_moe.pipeline.parts import ModelPart
 from lightning_moe.pipeline.spec import Carry, Microbatch, PartOutput
@@ -100,34 +102,20 @@ class SleepGrad(WeightGrad):
         return 0.0
 
 
-class _GradSink:
+class _GradSink(QueueingSink):
     """Accumulates into ``weight.grad``, in the dtype of the weight, as autograd would."""
 
     def __init__(self, weight: nn.Parameter, queue: WeightGradQueue) -> None:
-        self._weight, self._queue = weight, queue
+        super().__init__(queue)
+        self._weight = weight
 
-    @property
-    def defers(self) -> bool:
-        """Whether the queue captures."""
-        return self._queue.capturing
-
-    def take(self, grad: WeightGrad, *, deferrable: bool = True) -> bool:
-        """Add the gradient, or put it into the queue."""
-        if deferrable and self._queue.capturing:
-            self._queue.put(self, grad)
-        else:
-            self.add(grad)
-        return True
-
+    @override
     def add(self, grad: WeightGrad) -> None:
         """Add the gradient."""
         if self._weight.grad is None:
             self._weight.grad = grad.compute()
         else:
             grad.add_to(self._weight.grad, accumulate=True)
-
-    def drained(self) -> None:
-        """Nothing waits for it."""
 
 
 def weight_sinks(module: nn.Module, queue: WeightGradQueue) -> None:
