@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from tests.layers.gpu_script import write_results
 from tests.layers.overlapped import TOLERANCES, Case, count_differences, run_overlapped, variants
 from tests.layers.parallel import build_mesh
 from tests.layers.test_overlapped_ways import run_cheap_checks
@@ -42,17 +40,5 @@ def all_cases(tensor: int, world: int) -> list[Case]:
     return [each for case in cases for each in (case, *variants(case))]
 
 
-def main() -> None:
-    """Run on every rank; rank 0 writes every rank's results."""
-    torch.set_default_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
-    results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, run_all())
-    if dist.get_rank() == 0:
-        torch.save(results, sys.argv[1])
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    write_results(run_all)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,17 +38,17 @@ def run_all() -> dict[Any, Any]:
     return results
 
 
-def main() -> None:
-    """Run on every rank; rank 0 writes every rank's results."""
+def write_results(run: Callable[[], Any]) -> None:
+    """Call a function on every rank; rank 0 writes a list of what all return."""
     torch.set_default_device(f"cuda:{os.environ['LOCAL_RANK']}")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, run_all())
+    dist.all_gather_object(results, run())
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    write_results(run_all)
