@@ -57,7 +57,7 @@ def cases_of(ranks_: int) -> list[Case]:
     return cases + [replace(kind, dtype=dtype) for kind in kinds for dtype in TOLERANCES if dtype != torch.float64]
 
 
-@pytest.mark.parametrize("ranks_", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks_", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_equals_dense_attention_for_every_number_of_chunks(ranks: RankPool, ranks_: int) -> None:
     cases = cases_of(ranks_)
     compared = [case for i, case in enumerate(cases) if i % 5 == 3]

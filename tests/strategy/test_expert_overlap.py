@@ -163,6 +163,7 @@ def spread(schedule: str | None = None, pipeline: int = 1, **axes: int) -> Stage
     return Staged(schedule, pipeline, microbatches=4, axes=axes)
 
 
+@pytest.mark.slow
 def test_two_ranks(ranks: RankPool) -> None:
     """All chunks and kinds of saved activations; what auto chooses; ways of routing, checkpointing and spreading."""
     plain = Case(spread(expert=2))
@@ -191,6 +192,7 @@ def test_two_ranks(ranks: RankPool) -> None:
         check(outcomes["balanced"], outcomes["plain"], "equal bits would hide that it overlaps", tolerance=0.0)
 
 
+@pytest.mark.slow
 def test_other_models_and_axes_of_two_ranks(ranks: RankPool) -> None:
     cases: dict[str, tuple[Case, OverlapConfig]] = {
         "capacity": (Case(spread(expert=2), moe={"capacity_factor": 0.7}), SOURCE),

@@ -16,6 +16,7 @@ from lightning_moe.errors import ConfigError
 from lightning_moe.models.gpt_moe import GPTMoEModel
 from lightning_moe.models.routing import auxiliary_loss
 from lightning_moe.moe import layer as moe_layer
+from lightning_moe.moe import rows_to_send
 from lightning_moe.moe.router import TopKRouter
 from tests.models.gpt_moe.training import CONFIGS, PackedText
 
@@ -49,9 +50,10 @@ def test_equal_to_the_last_bit(name: str, kind: ActivationCheckpointing) -> None
 def test_what_happens_twice(kind: ActivationCheckpointing, exchanges: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are exchanged again by full checkpointing only; tokens are routed and counted once by all kinds."""
     calls: dict[str, int] = {"dispatch": 0, "plan_dispatch": 0}
+    modules = {"dispatch": moe_layer, "plan_dispatch": rows_to_send}
 
     def counting(name: str) -> Any:
-        original = getattr(moe_layer, name)
+        original = getattr(modules[name], name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
@@ -59,8 +61,8 @@ def test_what_happens_twice(kind: ActivationCheckpointing, exchanges: int, monke
 
         return call
 
-    for name in calls:
-        monkeypatch.setattr(moe_layer, name, counting(name))
+    for name, module in modules.items():
+        monkeypatch.setattr(module, name, counting(name))
     config = CONFIGS["untied"]
     assert config.moe is not None
     model = build(kind, replace(config, moe=replace(config.moe, expert_bias=True)))

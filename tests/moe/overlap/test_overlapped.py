@@ -73,7 +73,9 @@ def overlapped_cases(num_ranks: int, dtype: torch.dtype, every_plan: bool) -> di
     return cases
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_float64(ranks: RankPool, num_ranks: int) -> None:
     check(ranks, overlapped_cases(num_ranks, torch.float64, num_ranks == 3), TOLERANCES[torch.float64])
 
@@ -119,7 +121,7 @@ def test_capacity(ranks: RankPool, policy: str) -> None:
             assert_same(assemble([by_rank[number] for by_rank in results]), expected, 1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_weight_gradients_in_a_queue(ranks: RankPool, dtype: torch.dtype) -> None:
     """Deferred or computed at once, or partly in the waits of the exchange: the same sums to the last bit."""
     starved = Rates(link_bytes_per_second=1e3, gemm=((1.0, 1e15),), launch=0.0)
