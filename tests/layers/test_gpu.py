@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +21,13 @@ from lightning_moe.layers import (
     rope_tables_at,
 )
 from lightning_moe.parallel.mesh import ParallelMesh
+from tests.gpus import run_on_gpus
 from tests.layers.gpu_script import ATTENTION, DTYPES
 from tests.layers.test_causal_attention import KINDS, check_attention
 from tests.layers.test_cross_entropy import check_loss
 from tests.layers.test_embedding import check_embedding
 from tests.layers.test_linear import LAYOUTS, Collector, check_pair
 
-ROOT = Path(__file__).parents[2]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """bfloat16 is compared with float32 on unrounded operands: a few roundings of 2^-9 each."""
 
@@ -40,13 +37,8 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """The results of both ranks, launched once for all tests."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
     output = tmp_path_factory.mktemp("layers") / "results.pt"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "tests.layers.gpu_script", str(output)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_on_gpus(2, "tests.layers.gpu_script", output)
     loaded: list[dict[Any, Any]] = torch.load(output, weights_only=False)
     return loaded
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpus import run_on_gpus
 from tests.layers.gpu_overlap_script import all_cases
 from tests.layers.overlapped import TOLERANCES, Case, assert_bitwise, check_dense, dense, variants
 from tests.layers.parallel import assert_close
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.gpu
 
@@ -23,13 +20,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_nccl_equals_dense_attention(world: int, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs")
     output = tmp_path / "results.pt"
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "tests.layers.gpu_overlap_script", str(output)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_on_gpus(world, "tests.layers.gpu_overlap_script", output)
     check(torch.load(output, weights_only=False), world)
 
 

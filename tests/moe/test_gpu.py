@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from lightning_moe.config.moe import MoEConfig
 from lightning_moe.moe.layer import MoELayer
 from lightning_moe.moe.routing_tape import checkpoint_with_routing
 from lightning_moe.weight_grad import GroupedMatmulGrad, can_group
+from tests.gpus import run_on_gpus
 from tests.moe.cases import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -115,15 +114,8 @@ def test_main_grads_of_bfloat16_experts_are_float32() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_nccl_equals_one_gpu(world_size: int, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < world_size:
-        pytest.skip(f"needs {world_size} GPUs")
     output = tmp_path / "errors.json"
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "tests.moe.gpu_script", str(output)]
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_on_gpus(world_size, "tests.moe.gpu_script", output)
     errors = json.loads(output.read_text())
     assert len(errors) == 36
     # In bf16 the ranks' parts of a gradient are rounded before they are added up.

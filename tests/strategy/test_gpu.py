@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpus import run_on_gpus
 from tests.strategy.test_pipeline import check_bitwise
 from tests.strategy.tiny import check_equal, check_losses, relative_error
-
-ROOT = Path(__file__).parents[2]
 
 
 def _run(world_size: int, expert: int, precision: str, output: Path) -> dict[str, Any]:
@@ -24,11 +21,8 @@ def _run(world_size: int, expert: int, precision: str, output: Path) -> dict[str
 
 def _launch(world_size: int, module: str, *arguments: str) -> dict[Any, Any]:
     """Run a module on GPUs; its last argument is the file that it writes."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
-    command, output = [sys.executable, *launcher, "-m", module, *arguments], arguments[-1]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    loaded: dict[Any, Any] = torch.load(output, weights_only=False)
+    run_on_gpus(world_size, module, *arguments)
+    loaded: dict[Any, Any] = torch.load(arguments[-1], weights_only=False)
     return loaded
 
 

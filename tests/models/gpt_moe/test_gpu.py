@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_moe import ParallelConfig
+from tests.gpus import run_on_gpus
 from tests.models.gpt_moe.gpu_script import PRECISIONS, TOPOLOGIES, cases_on
 from tests.models.gpt_moe.training import assemble, topology_name
 from tests.strategy.tiny import Run, check_equal
 
-ROOT = Path(__file__).parents[3]
 TOLERANCES = {"64-true": 1e-11, "32-true": 1e-5, "bf16-mixed": 5e-2}
 """bfloat16 rounds to 3 digits, in other places for each topology."""
 
@@ -30,10 +27,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> RunOf:
     @cache
     def launch(world_size: int) -> list[Run]:
         folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
-        command = [sys.executable, *launcher, "-m", "tests.models.gpt_moe.gpu_script", str(folder)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-        assert result.returncode == 0, result.stderr[-4000:]
+        run_on_gpus(world_size, "tests.models.gpt_moe.gpu_script", folder)
         by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
         return [assemble(local) for local in zip(*by_rank, strict=True)]
 

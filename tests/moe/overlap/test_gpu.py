@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.gpus import run_on_gpus
 
 pytestmark = pytest.mark.gpu
 
@@ -17,18 +16,12 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_overlapped_equals_waiting_and_the_all_to_all(world_size: int, tmp_path: Path) -> None:
     """A hundred repetitions, each bit for bit: a race would show."""
-    if torch.cuda.device_count() < world_size:
-        pytest.skip(f"needs {world_size} GPUs")
     output = tmp_path / "results.json"
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "tests.moe.overlap.gpu_script", str(output), "100"]
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=400, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_on_gpus(world_size, "tests.moe.overlap.gpu_script", output, 100, timeout=540.0)
     found = json.loads(output.read_text())
     assert len(found["errors"]) == 54
     wrong = {case: error for case, error in found["errors"].items() if not error <= TOLERANCES[case.split("; ")[-1]]}
