@@ -121,6 +121,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeline", type=Path, metavar="FILE.svg", help="picture of one step of p2p on rank 0")
     parser.add_argument("--fluid", action="store_true", help="measure two transformer blocks instead of one layer")
     parser.add_argument(
+        "--sm-margin", type=int, default=4, help="multiprocessors that products leave to messages, on CUDA"
+    )
+    parser.add_argument(
         "--attention-chunks", type=int, default=2, help="parts that heads are exchanged in, with --fluid"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -151,7 +154,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--device", "cuda", "cpu on this machine", "torch finds no CUDA device")
     if options.device == "cuda" and "RANK" not in os.environ and options.ranks > torch.cuda.device_count():
         raise ConfigError("--ranks", options.ranks, f"at most {torch.cuda.device_count()}, the GPUs of this machine")
-    for name, least in (("warmup", 0), ("steps", 1), ("expert_groups", 1), ("attention_chunks", 1)):
+    for name, least in (("warmup", 0), ("steps", 1), ("expert_groups", 1), ("attention_chunks", 1), ("sm_margin", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')}", value, f"at least {least}")

@@ -205,6 +205,7 @@ class Contest:
             chunk=options.chunk,
             expert_groups=options.expert_groups,
             save=options.save,
+            sm_margin=options.sm_margin,
             link_gigabytes_per_second=options.link_gigabytes,
             wait_at_once=wait_at_once,
         )

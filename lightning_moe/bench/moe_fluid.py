@@ -175,6 +175,7 @@ class _Blocks:
             chunk=options.chunk,
             expert_groups=options.expert_groups,
             save=options.save,
+            sm_margin=options.sm_margin,
         )
         slots, up_width, hidden = layer.experts.projections[0].shape
         rates = measure_rates(
@@ -203,6 +204,7 @@ class _Blocks:
         def forward(hidden: Tensor) -> Tensor:
             for block in self._each():
                 block.attention.exchange_chunks, block.attention.wait_at_once = way.chunks, way.waits
+                block.attention.sm_margin = self._options.sm_margin
                 assert isinstance(block.ffn, MoELayer)
                 block.ffn.overlap = way.experts
             for block in self._each():

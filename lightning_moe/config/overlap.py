@@ -29,6 +29,7 @@ class OverlapConfig:
     rules: ClassVar[tuple[Rule, ...]] = (
         at_least("expert_groups", 1),
         at_least("attention_chunks", 1),
+        at_least("sm_margin", 0),
         above("link_gigabytes_per_second", 0.0),
         finite("link_gigabytes_per_second"),
         above("gemm_teraflops", 0.0),
@@ -49,6 +50,8 @@ class OverlapConfig:
     attention_chunks: int | None = None
     """Number of parts that attention's heads are exchanged in over the axis ``context``; 1 does not overlap, null takes
     2 with ``dispatch: p2p``, and with ``auto`` where the link of the expert layers is slower than 100 GB/s; else 1."""
+    sm_margin: int = 4
+    """Multiprocessors of a GPU that products of rows and heads leave to the messages that they hide; 0 leaves none."""
     link_gigabytes_per_second: float | None = None
     """What a rank can send to others, for the cost model; null measures it when training starts."""
     gemm_teraflops: float | None = None

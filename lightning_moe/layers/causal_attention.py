@@ -63,6 +63,7 @@ class CausalSelfAttention(nn.Module):
             than its weight (that has hooks, or an adapter in its place): chunks end before such an output projection.
             Chunks cannot be differentiated twice. May be changed between forward passes.
         wait_at_once: Whether every chunk is waited for where it is sent: the same computation without overlap.
+        sm_margin: Multiprocessors of a GPU that the projections of chunks leave to messages.
 
     Raises:
         ConfigError: The heads cannot be split this way.
@@ -86,6 +87,7 @@ class CausalSelfAttention(nn.Module):
         _check_heads(num_heads, num_kv_heads, mesh)
         self.exchange_chunks = 1
         self.wait_at_once = False
+        self.sm_margin = 0
         self.num_heads = num_heads // mesh.size(Axis.TENSOR)
         self.num_kv_heads = num_kv_heads // mesh.size(Axis.TENSOR)
         self.head_size = head_size
@@ -163,6 +165,7 @@ class CausalSelfAttention(nn.Module):
             group,
             self.exchange_chunks,
             wait_at_once=self.wait_at_once,
+            sm_margin=self.sm_margin,
         )
         tensor_group = self._mesh.active_group(Axis.TENSOR)
         # Where a projection is more than its weight, it is called. What ranks send each other is the same either way.

@@ -34,6 +34,7 @@ from lightning_moe.parallel.collectives import (
     start_all_gather,
     summands_to_copies,
 )
+from lightning_moe.parallel.sm_margin import SmMargin
 from lightning_moe.weight_grad import (
     GatheredInputGrad,
     GatheredOutputGrad,
@@ -59,13 +60,22 @@ class ColumnMatmulByChunks:
         weight: ``[N, D]``, this tensor rank's rows.
         group: The tensor ranks; None for a world of one.
         sequence_parallel: Whether tensor ranks share the tokens.
+        sm_margin: Multiprocessors that products leave to messages; not those of weight gradients, which may be computed
+            at any time.
     """
 
     def __init__(
-        self, input: Tensor, weight: Tensor, group: dist.ProcessGroup | None, *, sequence_parallel: bool
+        self,
+        input: Tensor,
+        weight: Tensor,
+        group: dist.ProcessGroup | None,
+        *,
+        sequence_parallel: bool,
+        sm_margin: int = 0,
     ) -> None:
         input = input.to(compute_dtype(input))
-        self._gradients = _ColumnGradients(weight, group, shared=sequence_parallel and group is not None)
+        margin = SmMargin(sm_margin, input.device)
+        self._gradients = _ColumnGradients(weight, group, margin, shared=sequence_parallel and group is not None)
         self._own, self._weight = input.detach(), weight.detach()
         self._tokens = all_gather(self._own, group) if self._gradients.shared else self._own
         self._ticket: Tensor = _Enter.apply(input, weight, self._gradients)  # type: ignore[no-untyped-call]
@@ -87,6 +97,7 @@ def row_matmul_of_arrivals(
     group: dist.ProcessGroup | None,
     *,
     sequence_parallel: bool,
+    sm_margin: int = 0,
 ) -> Tensor:
     """The sum over chunks and tensor ranks of ``features @ weight[:, columns]^T``.
 
@@ -98,6 +109,7 @@ def row_matmul_of_arrivals(
         weight: ``[D, K]``, this tensor rank's columns.
         group: The tensor ranks; None for a world of one.
         sequence_parallel: Whether they share the tokens.
+        sm_margin: As of :class:`ColumnMatmulByChunks`.
 
     Returns:
         ``[T / P, D]`` with ``sequence_parallel``, else ``[T, D]``; in the dtype of the chunks.
@@ -105,7 +117,9 @@ def row_matmul_of_arrivals(
     shared = sequence_parallel and group is not None
     with torch.autocast(weight.device.type, enabled=False):
         out: Tensor = _Arrivals.apply(  # type: ignore[no-untyped-call]
-            weight, _RowSettings(tuple(exchanges), tuple(columns), group, shared), *tickets
+            weight,
+            _RowSettings(tuple(exchanges), tuple(columns), group, shared, SmMargin(sm_margin, weight.device)),
+            *tickets,
         )
         return out if shared else summands_to_copies(out, group)
 
@@ -114,13 +128,14 @@ class _ColumnGradients:
     """Sums of one backward pass over the chunks of a column-parallel product.
 
     Attributes:
+        margin: For products.
         shared: Whether tensor ranks share the tokens, which then are gathered again.
         needs_input: Whether the input wants a gradient.
         needs_weight: Whether the weight wants one.
     """
 
-    def __init__(self, weight: Tensor, group: dist.ProcessGroup | None, *, shared: bool) -> None:
-        self.group, self.shared = group, shared
+    def __init__(self, weight: Tensor, group: dist.ProcessGroup | None, margin: SmMargin, *, shared: bool) -> None:
+        self.group, self.margin, self.shared = group, margin, shared
         self.needs_input = self.needs_weight = False
         self._sink = sink_of(weight)
         self._dtype, self._shape = weight.dtype, tuple(weight.shape)
@@ -139,7 +154,8 @@ class _ColumnGradients:
             self._gather = start_all_gather(own, self.group)
         if self.needs_input:
             assert weight is not None
-            self._input_grad = _add_product(self._input_grad, grad, _joined(weight, runs, 0).to(grad.dtype))
+            with self.margin:
+                self._input_grad = _add_product(self._input_grad, grad, _joined(weight, runs, 0).to(grad.dtype))
         if self.needs_weight:
             assert own is not None
             part: WeightGrad
@@ -192,7 +208,8 @@ class _Rows(torch.autograd.Function):
         ctx.runs, ctx.gradients = runs, gradients
         # What nothing needs is not kept: tokens of a frozen weight.
         ctx.save_for_backward(own if gradients.needs_weight else None, weight if gradients.needs_input else None)
-        return F.linear(tokens, _joined(weight, runs, 0).to(tokens.dtype))
+        with gradients.margin:
+            return F.linear(tokens, _joined(weight, runs, 0).to(tokens.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
@@ -211,8 +228,10 @@ class _RowSettings:
         columns: tuple[Runs, ...],
         group: dist.ProcessGroup | None,
         shared: bool,
+        margin: SmMargin,
     ) -> None:
         self.exchanges, self.columns, self.group, self.shared = exchanges, columns, group, shared
+        self.margin = margin
 
 
 class _Arrivals(torch.autograd.Function):
@@ -227,7 +246,8 @@ class _Arrivals(torch.autograd.Function):
             blocks = exchange.collect()
             ctx.shape = blocks.shape
             chunk = blocks.movedim(0, 2).flatten(2).flatten(0, 1)
-            total = _add_product(total, chunk, _joined(weight, columns, 1).to(blocks.dtype).t())
+            with settings.margin:
+                total = _add_product(total, chunk, _joined(weight, columns, 1).to(blocks.dtype).t())
             if ctx.needs_input_grad[0]:
                 chunks.append(chunk)
         ctx.save_for_backward(weight, *chunks)
@@ -250,7 +270,8 @@ class _Arrivals(torch.autograd.Function):
         ranks, batch, length, _, width = ctx.shape
         for i in order:
             if needs_chunk[i]:
-                features = whole @ _joined(weight, settings.columns[i], 1).to(whole.dtype)
+                with settings.margin:
+                    features = whole @ _joined(weight, settings.columns[i], 1).to(whole.dtype)
                 blocks = features.unflatten(0, (batch, length)).unflatten(2, (ranks, -1, width)).movedim(2, 0)
                 settings.exchanges[i].post(blocks)
         grad_weight = None

@@ -62,6 +62,7 @@ class ChunkedHeads:
         group: The context ranks.
         chunks: How many chunks are wanted; as many as fit are made.
         wait_at_once: Whether to wait for every exchange where it is posted: the same computation without overlap.
+        sm_margin: Multiprocessors that projections leave to messages.
 
     Attributes:
         chunks: The chunks, of which there may be a single one.
@@ -76,11 +77,12 @@ class ChunkedHeads:
         chunks: int,
         *,
         wait_at_once: bool = False,
+        sm_margin: int = 0,
     ) -> None:
         self._heads, self._kv_heads, self._width = num_heads, num_kv_heads, head_size
         self._group, self._ranks = group, dist.get_world_size(group)
         self._copies = math.lcm(num_kv_heads, self._ranks) // num_kv_heads
-        self._wait_at_once = wait_at_once
+        self._wait_at_once, self._sm_margin = wait_at_once, sm_margin
         self.chunks: tuple[HeadChunk, ...] = head_chunks(num_heads, num_kv_heads, self._ranks, chunks)
 
     def project(
@@ -97,7 +99,9 @@ class ChunkedHeads:
         Yields:
             The chunk's query, key and value ``[B, Q, heads, H]``; heads in the order of the ranks that they are for.
         """
-        product = ColumnMatmulByChunks(hidden, weight, group, sequence_parallel=layout.sequence_parallel)
+        product = ColumnMatmulByChunks(
+            hidden, weight, group, sequence_parallel=layout.sequence_parallel, sm_margin=self._sm_margin
+        )
         for chunk in self.chunks:
             queries = self._runs(self._heads, chunk.query, 0)
             keys = [self._kv_runs(chunk, self._heads + skipped) for skipped in (0, self._kv_heads)]
@@ -170,6 +174,7 @@ class ChunkedHeads:
             weight,
             group,
             sequence_parallel=layout.sequence_parallel,
+            sm_margin=self._sm_margin,
         )
 
     def join(self, attended: list[_UnderWay]) -> Tensor:

@@ -101,6 +101,7 @@ class LayerOverlap:
             if isinstance(layer, CausalSelfAttention):
                 layer.exchange_chunks = _exchange_chunks(self._config, rates)
                 layer.wait_at_once = self._config is not None and self._config.wait_at_once
+                layer.sm_margin = 0 if self._config is None else self._config.sm_margin
         return queue is not None and bool(overlaps)
 
     def _make(

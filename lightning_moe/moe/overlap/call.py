@@ -46,6 +46,7 @@ class OverlappedCall:
         grouped_gemm: Whether to use the grouped GEMM where it is available.
         save: What backward keeps; see :class:`~lightning_moe.config.OverlapConfig`.
         grad_groups: Parts that each weight's gradient is computed in.
+        sm_margin: Multiprocessors that products of rows leave to messages.
         fill: Offers the idle time before a wait, by direction and position, to whoever has work to do.
         returning: Rows on their way back, in forward.
         returning_grads: Gradients on their way back, in backward.
@@ -59,6 +60,7 @@ class OverlappedCall:
     grouped_gemm: bool
     save: str
     grad_groups: int
+    sm_margin: int
     fill: Callable[[bool, int], None]
     returning: list[Pending] = field(default_factory=list)
     returning_grads: list[Pending] = field(default_factory=list)

@@ -182,6 +182,7 @@ class OverlappedRows:
             layer.experts.grouped_gemm,
             config.save,
             _GRAD_GROUPS,
+            config.sm_margin,
             self._overlap.filler(shape, chunking),
         )
         again = None

@@ -10,7 +10,8 @@ autograd does in between hides communication, too: the shared expert, which is c
 while the host learns the row counts and backward while gradients return (autograd runs what was called later first).
 
 [Note: order of a call]
-All dispatches are posted first. The own rows' first projection covers them. Then each chunk is waited for, computed and
+All dispatches are posted first; on CUDA the own rows' first product is queued even before, since posting takes the host
+a while. The own rows' first projection covers them. Then each chunk is waited for, computed and
 posted back; the own rows' second projection covers the last returns. Backward does the same with gradients, and what
 covers the last returns is the weight gradients: those that no queue takes for later.
 
@@ -127,33 +128,34 @@ class _Experts(torch.autograd.Function):
         records: bool,
     ) -> Tensor:
         rows = payload.new_empty((call.plan.num_computed, payload.shape[1]))
-        matrices = ExpertMatrices(up, down, payload.dtype, call.offsets, call.grouped_gemm)
+        matrices = ExpertMatrices(up, down, payload.dtype, call.offsets, call.grouped_gemm, call.sm_margin)
         projected: list[Tensor] = []
 
-        def first_half(piece: Piece) -> Tensor:
-            own = rows[piece.rows]
-            first = matrices.project(piece, own)
+        def first_half(piece: Piece, arrived: Tensor) -> Tensor:
+            first = matrices.project(piece, arrived)
             if records and call.save == "fc1":
                 projected.append(first)
-            return scaled_activation.forward(first, rows_with_pads.probabilities_of(own), call.activation)
+            return scaled_activation.forward(first, rows_with_pads.probabilities_of(arrived), call.activation)
 
-        def own_half() -> list[Tensor]:
-            _copy_own(call, payload, rows)
-            return [first_half(piece) for piece in call.plan.chunks[0].pieces]
+        def begin() -> list[Tensor]:
+            # From the send buffer: the host has just waited for the row counts, so the device has nothing to do yet.
+            return [first_half(*each) for each in own[:1]]
 
+        own = call.own_pieces(payload)
         if call.exchange.wait_at_once:
-            arrivals, inner = _dispatch(call, payload, rows), own_half()
+            arrivals, inner = _dispatch(call, payload, rows), begin()
         else:
-            # The host has just waited for the row counts, so the device has nothing to do yet.
-            arrivals, inner = post_beside(lambda: _dispatch(call, payload, rows), own_half, payload.device)
+            arrivals, inner = post_beside(lambda: _dispatch(call, payload, rows), begin, payload.device)
+        inner += [first_half(*each) for each in own[1:]]
+        _copy_own(call, payload, rows)
         returned = payload.new_empty((call.plan.num_sent, up.shape[2]))
         for i, chunk in _remote(call):
             call.fill(False, i - 1)
             arrivals[i - 1].wait()
-            results = [matrices.project_down(piece, first_half(piece)) for piece in chunk.pieces]
+            results = [matrices.project_down(piece, first_half(piece, rows[piece.rows])) for piece in chunk.pieces]
             call.returning.append(call.exchange.give_back(chunk, results, returned))
-        for (piece, own), activated in zip(call.own_pieces(returned), inner, strict=True):
-            own.copy_(matrices.project_down(piece, activated))
+        for (piece, target), activated in zip(call.own_pieces(returned), inner, strict=True):
+            target.copy_(matrices.project_down(piece, activated))
         ctx.call, ctx.sinks = call, (sink_of(up), sink_of(down))
         if call.save == "fc1":
             ctx.save_for_backward(up, down, rows, *projected)
@@ -214,7 +216,7 @@ def _backward(
     grads = grad.new_empty((plan.num_computed, grad.shape[1]))
     arrivals = _dispatch(call, grad, grads)
     _copy_own(call, grad, grads)
-    matrices = ExpertMatrices(*weights, grad.dtype, call.offsets, call.grouped_gemm)
+    matrices = ExpertMatrices(*weights, grad.dtype, call.offsets, call.grouped_gemm, call.sm_margin)
     kept = iter(projected)
     grad_projected = grad.new_empty((plan.num_computed, weights[0].shape[1]))
     inner = grad.new_empty((plan.num_computed, weights[1].shape[2]))

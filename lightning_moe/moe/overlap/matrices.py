@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_moe.moe.overlap.payload import hidden_of
 from lightning_moe.moe.overlap.plan import Piece
+from lightning_moe.parallel.sm_margin import SmMargin
 from lightning_moe.weight_grad.grouped import can_group, grouped_product
 
 
@@ -24,13 +25,21 @@ class ExpertMatrices:
         dtype: Dtype of the computation.
         offsets: For pieces of several slots the end of each slot's rows, int32 on the device.
         grouped_gemm: Whether to use the grouped GEMM where it is available.
+        sm_margin: Multiprocessors that products leave to messages.
     """
 
     def __init__(
-        self, up: Tensor, down: Tensor, dtype: torch.dtype, offsets: Mapping[Piece, Tensor], grouped_gemm: bool
+        self,
+        up: Tensor,
+        down: Tensor,
+        dtype: torch.dtype,
+        offsets: Mapping[Piece, Tensor],
+        grouped_gemm: bool,
+        sm_margin: int = 0,
     ) -> None:
         self._up, self._down = up.detach().to(dtype), down.detach().to(dtype)
         self._offsets, self._grouped_gemm = offsets, grouped_gemm
+        self._margin = SmMargin(sm_margin, up.device)
 
     def project(self, piece: Piece, rows: Tensor) -> Tensor:
         """The first projection ``[rows, U]`` of payload rows."""
@@ -49,9 +58,10 @@ class ExpertMatrices:
         return self._product(piece, grad, self._up)
 
     def _product(self, piece: Piece, left: Tensor, matrices: Tensor) -> Tensor:
-        if len(piece.counts) == 1:
-            return left @ matrices[piece.first_slot]
-        matrices = matrices[piece.slots]
-        stacked = matrices if matrices.is_contiguous() else matrices.transpose(1, 2)
-        grouped = self._grouped_gemm and can_group(left, stacked)
-        return grouped_product(left, matrices, piece.counts, self._offsets[piece], grouped)
+        with self._margin:
+            if len(piece.counts) == 1:
+                return left @ matrices[piece.first_slot]
+            matrices = matrices[piece.slots]
+            stacked = matrices if matrices.is_contiguous() else matrices.transpose(1, 2)
+            grouped = self._grouped_gemm and can_group(left, stacked)
+            return grouped_product(left, matrices, piece.counts, self._offsets[piece], grouped)

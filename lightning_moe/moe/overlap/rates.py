@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.moe.overlap.cost import Rates, typical_gemm
+from lightning_moe.parallel.sm_margin import SmMargin
 from lightning_moe.weight_grad import grouped_linear
 
 _ROWS = (16, 64, 256, 512, 2048)
@@ -82,7 +83,8 @@ def measure_rates(
     if group is None:
         return rates
     link, latency, transfer, seconds = _link_rates(clock, group)
-    contention = _contention(clock, experts, times, transfer, seconds) if times else 0.0
+    margin = SmMargin(config.sm_margin, device)
+    contention = _contention(clock, experts, times, transfer, seconds, margin) if times else 0.0
     return replace(rates, link_bytes_per_second=link, latency=latency, contention=contention)
 
 
@@ -228,10 +230,20 @@ def _transfer(group: dist.ProcessGroup, device: torch.device, nbytes: int, messa
 
 
 def _contention(
-    clock: _Clock, experts: _Experts, times: Mapping[int, float], transfer: Callable[[], Work], seconds: float
+    clock: _Clock,
+    experts: _Experts,
+    times: Mapping[int, float],
+    transfer: Callable[[], Work],
+    seconds: float,
+    margin: SmMargin,
 ) -> float:
     """Share of its speed that a product loses beside a transfer that takes about twice as long."""
     rows = max((rows for rows in times if times[rows] <= seconds / 2), default=_ROWS[0])
     compute = experts.products(rows)
-    alone, beside = clock.agree([clock.seconds(compute), clock.seconds(compute, transfer)])
+
+    def compute_beside() -> None:
+        with margin:
+            compute()
+
+    alone, beside = clock.agree([clock.seconds(compute), clock.seconds(compute_beside, transfer)])
     return min(_MOST_CONTENTION, max(0.0, (beside - alone) / min(beside, seconds)))

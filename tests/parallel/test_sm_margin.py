@@ -1,0 +1,75 @@
+"""Multiprocessors that products leave free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_moe.parallel.sm_margin import SmMargin
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def switches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """PyTorch's switches, as a build for CUDA has them."""
+    state: dict[str, Any] = {"margin": None, "backend": torch._C._BlasBackend.Cublas}
+    for name, key in (("sm_carveout_experimental", "margin"), ("blas_preferred_backend", "backend")):
+        monkeypatch.setattr(torch._C, f"_get_{name}", lambda key=key: state[key])
+        monkeypatch.setattr(torch._C, f"_set_{name}", lambda value, key=key: state.update({key: value}))
+    return state
+
+
+def test_inside_alone(switches: dict[str, Any]) -> None:
+    before, margin = dict(switches), SmMargin(4, CUDA)
+    for _ in range(2):
+        with margin:
+            assert switches == {"margin": 4, "backend": torch._C._BlasBackend.Cublaslt}
+        assert switches == before
+
+
+def test_within_another(switches: dict[str, Any]) -> None:
+    before, outer = dict(switches), SmMargin(4, CUDA)
+    with outer:
+        with SmMargin(16, CUDA), outer:
+            assert switches["margin"] == 4
+        assert switches == {"margin": 4, "backend": torch._C._BlasBackend.Cublaslt}
+    assert switches == before
+
+
+def test_errors_set_it_back(switches: dict[str, Any]) -> None:
+    before = dict(switches)
+    with pytest.raises(KeyError), SmMargin(4, CUDA):
+        raise KeyError
+    assert switches == before
+
+
+@pytest.mark.parametrize(("count", "device"), [(0, CUDA), (4, torch.device("cpu"))])
+def test_nothing_to_leave(count: int, device: torch.device, switches: dict[str, Any]) -> None:
+    before = dict(switches)
+    with SmMargin(count, device):
+        assert switches == before
+
+
+def test_a_build_without_the_switch(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_set_sm_carveout_experimental")
+    before = dict(switches)
+    with SmMargin(4, CUDA):
+        assert switches == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products(dtype: torch.dtype) -> None:
+    """They stay right, and are the same each time."""
+    left, right = torch.randn((2, 1024, 1024), generator=torch.Generator().manual_seed(0)).to(CUDA, dtype)
+    margin = SmMargin(4, CUDA)
+    with margin:
+        found = left @ right
+    expected = left.double() @ right.double()
+    tolerance = {torch.bfloat16: 4e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    assert (found - expected).norm() <= tolerance * expected.norm()
+    with margin:
+        assert torch.equal(left @ right, found)
