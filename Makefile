@@ -4,6 +4,7 @@
 #   make test                                          everything that has to hold before a merge
 #   make test-quick | lint | docs | clean
 #
+# WORKERS=2             processes that tests are shared among, each of which starts up to four ranks; 0 runs them in one
 # PYTHON=python3.12     the interpreter to build the environment with; by default the first one that is new enough
 # CONSTRAINTS=          keep the torch that PYTHON already has (GPU machines) instead of the CPU build;
 #                       `make clean` first where an environment with the other kind exists
@@ -12,6 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 RECIPE ?= recipes/chronos_moe_cpu.yaml
 CONSTRAINTS ?= constraints/cpu.txt
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # One stamp per state of the files that decide what is installed.
@@ -29,6 +31,9 @@ HAS_TORCH := true
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS)
 endif
 
+# Idle workers take tests from busy ones.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 .PHONY: train test test-quick lint docs clean
 .DEFAULT_GOAL := test
 
@@ -36,10 +41,10 @@ train: $(STAMP)
 	$(BIN)/lightning-moe fit --config $(RECIPE)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_moe.moe.choices import order_of_choices, position_in_expert
 from lightning_moe.moe.rows import dot_choices, spread_grad, sum_choices, take_rows
 from lightning_moe.parallel.collectives import all_to_all
+from lightning_moe.weight_grad.fused_kernels import has_triton
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ def match_rows(
         Row of each choice (0 where not sent), ``[N]``, and choice of each row (-1 at padding), ``[R]``.
     """
     flat_sent = None if sent is None else sent.flatten()
+    if not padded and slots.is_cuda and has_triton():
+        from lightning_moe.moe import triton_choices
+
+        if sizes.numel() <= triton_choices.MOST_SLOTS:
+            return triton_choices.match_rows(slots.flatten(), sizes.numel(), num_rows, flat_sent)
     if padded:
         first_row = sizes.cumsum(0) - sizes
         rows = (first_row[slots] + position_in_expert(slots, sizes.numel(), sent)).flatten()

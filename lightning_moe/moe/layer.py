@@ -227,7 +227,7 @@ class MoELayer(nn.Module):
         routing = self.router(hidden, mask, saved)
         tokens, mask = hidden.flatten(0, -2), None if mask is None else mask.flatten()
         dtype = compute_dtype(tokens)
-        call, sending, dropped = once(saved, lambda: self._announce(routing, mask, dtype))
+        call, sending, dropped = once(saved, lambda: self._announce(routing, mask, dtype, tokens.requires_grad))
         weights = self._per_shard(routing.weights)
         overlapped = None
         if self.overlap is not None and self.expert_group is not None:
@@ -250,7 +250,7 @@ class MoELayer(nn.Module):
         return out, RoutingInfo(auxiliary_loss, z_loss, routing.tokens_per_expert, dropped)
 
     def _announce(
-        self, routing: Routing, mask: Tensor | None, dtype: torch.dtype
+        self, routing: Routing, mask: Tensor | None, dtype: torch.dtype, grads: bool
     ) -> tuple[AnnouncedCall, RowsToSend, Tensor]:
         """Begin to exchange row counts, and work out what is sent and how many choices are dropped."""
         config, experts = self.config, routing.experts
@@ -265,10 +265,12 @@ class MoELayer(nn.Module):
                 counts = capacity.expand(config.num_experts)
             else:
                 counts = count_choices(experts, config.num_experts, sent)
-        sizes = counts.new_empty(self.num_slots)
-        sizes.scatter_(0, self.slots_of_expert.flatten(), self._per_shard(counts[:, None]).flatten())
-        call = announce_call(self.layer_index, dtype, sizes, self.header_slots, self.expert_group)
-        slots = self.slots_of_expert[experts].flatten(1)
+        sizes, slots = counts, experts
+        if self.slots_of_expert.shape[1] > 1 or self.placement.order is not None:
+            sizes = counts.new_empty(self.num_slots)
+            sizes.scatter_(0, self.slots_of_expert.flatten(), self._per_shard(counts[:, None]).flatten())
+            slots = self.slots_of_expert[experts].flatten(1)
+        call = announce_call(self.layer_index, dtype, grads, sizes, self.header_slots, self.expert_group)
         sent = None if sent is None else self._per_shard(sent)
         return call, RowsToSend.of(slots, sent, sizes, padded=config.pad_to_capacity), dropped
 

@@ -6,21 +6,23 @@ and computes its experts for them.
 
 [Note: headers]
 Before each dispatch all ranks of the group gather one header each: which layer calls (or IDLE), the dtype of
-its rows, whether a backward pass will follow, and how many rows go to each slot. The last part is needed
+its rows, which backward pass will follow, and how many rows go to each slot. The last part is needed
 anyway, so saying the rest costs nothing; and ranks that have come apart (different layers, different
-precisions) find out here, instead of exchanging rows that do not belong together or waiting for each other
-until a timeout.
+precisions, gradients on some ranks only) find out here, instead of exchanging rows that do not belong together
+or waiting for each other until a timeout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.dispatch import RowCounts
@@ -34,7 +36,8 @@ IDLE = -1
 """Layer index in the header of a rank that has finished."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PREFIX = 3  # layer index, dtype, whether gradients are recorded
+_PREFIX = 3  # layer index, dtype, which gradients are recorded
+_RECORDED = ("record no gradients", "record gradients of weights alone", "record gradients of tokens")
 
 
 def number_layers(layers: Sequence[MoELayer]) -> None:
@@ -63,8 +66,8 @@ class AnnouncedCall:
         """Rows that each rank sends to each slot; zeros for idle ranks.
 
         Raises:
-            RuntimeError: The active ranks do not call the same layer in the same dtype, or gradients are recorded
-                while a rank has finished.
+            RuntimeError: The active ranks do not call the same layer in the same dtype, they do not record the same
+                gradients, or gradients are recorded while a rank has finished.
         """
         numbers = self._read.wait()
         if self._prefix:
@@ -73,13 +76,19 @@ class AnnouncedCall:
 
 
 def announce_call(
-    layer_index: int, dtype: torch.dtype, sizes: Tensor, header_slots: int, group: dist.ProcessGroup | None
+    layer_index: int,
+    dtype: torch.dtype,
+    grads: bool,
+    sizes: Tensor,
+    header_slots: int,
+    group: dist.ProcessGroup | None,
 ) -> AnnouncedCall:
     """Tell the group that this rank calls a layer.
 
     Args:
         layer_index: Index of the calling layer.
         dtype: Dtype of its rows.
+        grads: Whether the rows want gradients, where gradients are recorded.
         sizes: Rows that this rank sends to each slot, int64 ``[slots]``.
         header_slots: Most slots of any layer in the group (see :func:`number_layers`).
         group: The expert group; None when this rank holds all experts.
@@ -94,11 +103,17 @@ def announce_call(
         return AnnouncedCall(sizes[None], sizes.numel(), 0)
     if dtype not in _DTYPES:
         raise ConfigError("hidden.dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
-    prefix = (layer_index, _DTYPES.index(dtype), int(torch.is_grad_enabled()))
-    # Filled on the device one by one: a tensor made from the list would wait for the device.
-    header = [sizes.new_full((1,), value) for value in prefix]
-    header += [sizes, sizes.new_zeros(header_slots - sizes.numel())]
-    return AnnouncedCall(all_gather(torch.cat(header)[None], group), sizes.numel(), _PREFIX)
+    prefix = (layer_index, _DTYPES.index(dtype), (1 + grads) * torch.is_grad_enabled())
+    header = torch.cat([_constant(prefix, sizes.device), sizes])
+    header = functional.pad(header, (0, _PREFIX + header_slots - header.numel()))
+    return AnnouncedCall(all_gather(header[None], group), sizes.numel(), _PREFIX)
+
+
+@cache
+def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """The values on a device, int64; kept, since bringing them there waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 @torch.no_grad()
@@ -175,6 +190,14 @@ def _check(headers: list[list[int]]) -> tuple[int, torch.dtype] | None:
     if len(set(dtypes.values())) > 1:
         named = ", ".join(f"rank {rank} sends {dtype}" for rank, dtype in dtypes.items())
         raise RuntimeError(f"MoE layer {min(layers.values())} runs in different precisions: {named}")
+    recorded = {rank: header[2] for rank, header in active.items()}
+    if len(set(recorded.values())) > 1:
+        named = ", ".join(f"rank {rank} would {_RECORDED[kind]}" for rank, kind in recorded.items())
+        raise RuntimeError(
+            f"MoE layer {min(layers.values())} has different backward passes: {named}. Ranks that exchange gradients "
+            "would wait for ever for those that do not; freeze the same parts of the model on all ranks, and "
+            "use torch.no_grad() on all or on none"
+        )
     idle = sorted(set(range(len(headers))) - set(active))
     if idle and any(header[2] for header in active.values()):
         raise RuntimeError(

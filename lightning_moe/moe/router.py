@@ -176,7 +176,7 @@ class TopKRouter(nn.Module):
             weights = probabilities.gather(-1, experts)
             if config.renormalize:
                 weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
-        return weights * config.routed_scaling_factor
+        return weights if config.routed_scaling_factor == 1 else weights * config.routed_scaling_factor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
         # module.bfloat16() converts floating-point buffers; in bf16 a bias of 0.3 no longer moves by steps of

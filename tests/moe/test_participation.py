@@ -157,6 +157,15 @@ def call_in_different_precisions(model: TwoLayers, rank: int) -> None:
     model.first(torch.zeros(2, D, dtype=[torch.bfloat16, torch.float64][rank]))
 
 
+def train_while_the_other_evaluates(model: TwoLayers, rank: int) -> None:
+    with torch.set_grad_enabled(rank == 0):
+        model.first(torch.zeros(2, D))
+
+
+def want_gradients_of_tokens_on_one_rank(model: TwoLayers, rank: int) -> None:
+    model.first(torch.zeros(2, D, requires_grad=rank == 1))
+
+
 def finish_while_the_other_trains(model: TwoLayers, rank: int) -> None:
     if rank == 0:
         model(torch.zeros(2, D))
@@ -174,6 +183,14 @@ def serve_unnumbered_layers(model: TwoLayers, rank: int) -> None:
     [
         (call_different_layers, ["rank 0 calls layer 0", "rank 1 calls layer 1"]),
         (call_in_different_precisions, ["rank 0 sends torch.bfloat16", "rank 1 sends torch.float64"]),
+        (
+            train_while_the_other_evaluates,
+            ["MoE layer 0", "rank 0 would record gradients of weights alone", "rank 1 would record no gradients"],
+        ),
+        (
+            want_gradients_of_tokens_on_one_rank,
+            ["rank 0 would record gradients of weights alone", "rank 1 would record gradients of tokens", "freeze"],
+        ),
         (finish_while_the_other_trains, ["ranks [1]", "have finished while others record gradients"]),
         (serve_unnumbered_layers, ["same layer_index", "number_layers"]),
     ],

@@ -91,6 +91,8 @@ class OverlappedCall:
 def piece_offsets(plan: ExchangePlan, device: torch.device) -> dict[Piece, Tensor]:
     """For pieces of several slots the end of each slot's rows, int32; one copy to the device, not waited for."""
     pieces = [piece for chunk in plan.chunks for piece in chunk.pieces if len(piece.counts) > 1]
+    if not pieces:
+        return {}
     ends = [end for piece in pieces for end in accumulate(piece.counts)]
     flat = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return dict(zip(pieces, torch.split(flat, [len(piece.counts) for piece in pieces]), strict=True))

@@ -22,7 +22,7 @@ _PAD = 16
 """Bytes beside a row that carry its weight, or that weight's gradient."""
 _WORTHWHILE = 0.02
 """Share of the time that overlap must save to be chosen."""
-_CLOSE = 0.01
+_CLOSE = 0.02
 """Share of the time within which candidates count as equally fast: the model knows no better."""
 _FALL = ((16, 0.1), (64, 0.35), (128, 0.6), (256, 0.85), (512, 0.93), (1024, 0.97), (2048, 1.0))
 """Rows of each expert, and what is left of a GPU's rate for them: weights are read for too few rows."""

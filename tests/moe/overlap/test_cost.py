@@ -260,7 +260,7 @@ def test_what_is_chosen_is_allowed(shape: LayerShape, rates: Rates, config: Over
     for by in ("source", "expert") if config.chunk == "auto" else (chosen.by,):
         other = choose(shape, rates, with_chunks(by, config.expert_groups, dispatch="p2p", save=config.save))
         times = [seconds(shape, rates, chunking, save=config.save) for chunking in (chosen, other)]
-        assert times[0] <= 1.011 * times[1]
+        assert times[0] <= 1.021 * times[1]
 
 
 H200 = Rates(link_bytes_per_second=254 * GIB, gemm=typical_gemm(750e12))
