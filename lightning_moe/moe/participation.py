@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.dispatch import RowCounts
@@ -104,8 +103,10 @@ def announce_call(
     if dtype not in _DTYPES:
         raise ConfigError("hidden.dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
     prefix = (layer_index, _DTYPES.index(dtype), (1 + grads) * torch.is_grad_enabled())
-    header = torch.cat([_constant(prefix, sizes.device), sizes])
-    header = functional.pad(header, (0, _PREFIX + header_slots - header.numel()))
+    parts = [_constant(prefix, sizes.device), sizes]
+    if sizes.numel() < header_slots:
+        parts.append(sizes.new_zeros(header_slots - sizes.numel()))
+    header = torch.cat(parts)
     return AnnouncedCall(all_gather(header[None], group), sizes.numel(), _PREFIX)
 
 

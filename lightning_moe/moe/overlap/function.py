@@ -10,8 +10,8 @@ autograd does in between hides communication, too: the shared expert, which is c
 while the host learns the row counts and backward while gradients return (autograd runs what was called later first).
 
 [Note: order of a call]
-All dispatches are posted first; on CUDA the own rows' first product is queued even before, since posting takes the host
-a while. The own rows' first projection covers them. Then each chunk is waited for, computed and
+All dispatches are posted first, and the own rows' first projection covers them; on CUDA a piece of it is queued before
+each, since posting takes the host a while. Then each chunk is waited for, computed and
 posted back; the own rows' second projection covers the last returns. Backward does the same with gradients, and what
 covers the last returns is the weight gradients: those that no queue takes for later.
 
@@ -37,7 +37,7 @@ from lightning_moe.moe.overlap import scaled_activation
 from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes
 from lightning_moe.moe.overlap.matrices import ExpertMatrices
 from lightning_moe.moe.overlap.plan import Chunk, Piece
-from lightning_moe.moe.overlap.transport import Pending, post_beside, wait_for_all
+from lightning_moe.moe.overlap.transport import Pending, post_between, wait_for_all
 from lightning_moe.moe.rows import sum_choices, take_rows
 from lightning_moe.weight_grad.grouped_segments import SegmentedMatmulGrad, bounds_of
 from lightning_moe.weight_grad.sink import WeightGradSink, sink_of
@@ -137,16 +137,13 @@ class _Experts(torch.autograd.Function):
                 projected.append(first)
             return scaled_activation.forward(first, rows_with_pads.probabilities_of(arrived), call.activation)
 
-        def begin() -> list[Tensor]:
-            # From the send buffer: the host has just waited for the row counts, so the device has nothing to do yet.
-            return [first_half(*each) for each in own[:1]]
-
-        own = call.own_pieces(payload)
+        # Own rows from the send buffer: the host has just waited for the row counts, so the device has nothing to do.
+        own = [partial(first_half, *each) for each in call.own_pieces(payload)]
         if call.exchange.wait_at_once:
-            arrivals, inner = _dispatch(call, payload, rows), begin()
+            arrivals, inner = _dispatch(call, payload, rows), [half() for half in own]
         else:
-            arrivals, inner = post_beside(lambda: _dispatch(call, payload, rows), begin, payload.device)
-        inner += [first_half(*each) for each in own[1:]]
+            posts = [partial(call.exchange.dispatch, chunk, payload, rows) for _, chunk in _remote(call)]
+            arrivals, inner = post_between(posts, own, payload.device)
         _copy_own(call, payload, rows)
         returned = payload.new_empty((call.plan.num_sent, up.shape[2]))
         for i, chunk in _remote(call):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -68,28 +69,35 @@ def wait_for_all(pending: list[Pending]) -> None:
         pending.pop(0).wait()
 
 
-def post_beside(post: Callable[[], T], compute: Callable[[], U], device: torch.device) -> tuple[T, U]:
+def post_between(
+    posts: Sequence[Callable[[], T]], works: Sequence[Callable[[], U]], device: torch.device
+) -> tuple[list[T], list[U]]:
     """Post messages, and do work that needs none of them and that they do not need.
 
     On the CPU work is done when it is called, so the messages go first. On CUDA it is only queued, and posting takes
-    the host so long that the device would be idle meanwhile. So the work is queued first, and the messages are posted
-    from another stream, which waits for nothing of it.
+    the host so long that the device would be idle meanwhile. So a piece of work is queued before each message, and the
+    messages are posted from another stream, which waits for nothing of it.
 
     Args:
-        post: Posts; what it posts must not be waited for inside.
-        compute: Does the work.
+        posts: Each posts messages; what it posts must not be waited for inside, except on the CPU.
+        works: Each does a piece of the work.
         device: Where.
 
     Returns:
-        What both return.
+        What all return, in their order.
     """
     if device.type != "cuda":
-        return post(), compute()
+        return [post() for post in posts], [work() for work in works]
     beside = torch.cuda.Stream(device)
     beside.wait_stream(torch.cuda.current_stream(device))
-    computed = compute()
-    with torch.cuda.stream(beside):
-        return post(), computed
+    posted, done = [], []
+    for post, work in zip_longest(posts, works):
+        if work is not None:
+            done.append(work())
+        if post is not None:
+            with torch.cuda.stream(beside):
+                posted.append(post())
+    return posted, done
 
 
 class ChunkExchange:
