@@ -53,6 +53,7 @@ def check_times(row: dict[str, Any]) -> None:
     assert row["step_peak_gib"] is None
 
 
+@pytest.mark.slow
 def test_the_report(ranks: RankPool, tmp_path: Path) -> None:
     size = ("--hidden", "64", "--expert-hidden", "32", "--experts", "8", "--top-k", "2", "--tokens", "128")
     settings = ("--chunk", "source", "--balanced", "--link-gigabytes", "0.05", "--warmup", "1", "--steps", "2")

@@ -75,6 +75,7 @@ def run_all(ranks: RankPool, sizes: dict[str, int], cases: list[Case]) -> dict[C
     return {case: results for (case,), results in run_cases(ranks, sizes, run_overlapped, arguments)}
 
 
+@pytest.mark.slow
 def test_beside_tensor_ranks(ranks: RankPool) -> None:
     cases = [replace(kind, dtype=dtype) for kind in BESIDE_TENSOR for dtype in TOLERANCES]
     also = [each for case in cases for each in variants(case)]

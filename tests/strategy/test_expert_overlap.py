@@ -227,6 +227,7 @@ def test_four_ranks(ranks: RankPool) -> None:
         check(outcomes[f"{name}, overlapped"], outcomes[name], name)
 
 
+@pytest.mark.slow
 def test_waits_and_bubbles_share_a_queue(ranks: RankPool) -> None:
     """Two stages of two expert ranks; exchanges take weight gradients from the schedule, which has the rest."""
     plain = Case(spread("zb-h1", 2, expert=2), "tied")
@@ -270,6 +271,7 @@ def predict_all(overlaps: Sequence[OverlapConfig | None]) -> list[tuple[dict[int
     return [predict(overlap, lengths) for overlap in overlaps for lengths in ((13, 3), (1, 16))]
 
 
+@pytest.mark.slow
 def test_evaluation_with_unequal_batches(ranks: RankPool) -> None:
     """A rank without batches serves its experts by the same exchange."""
     overlaps = [None, SOURCE, EXPERT, BALANCED]

@@ -91,6 +91,7 @@ def come(late: bool) -> tuple[bool, bool]:
     return together, meet(elsewhere, rank, size, timedelta(seconds=1))
 
 
+@pytest.mark.slow
 def test_ranks_meet_at_one_place_only(ranks: RankPool) -> None:
     assert ranks.run(3, come, False) == [(True, True)] * 3
     assert ranks.run(3, come, True) == [(True, False)] * 3

@@ -116,6 +116,7 @@ def check(ranks: RankPool, world_size: int, pipeline: int, cases: list[Case], *s
         check_stages([run[i] for run in runs], [run[i // len(schedules)] for run in references], case)
 
 
+@pytest.mark.slow
 def test_two_stages(ranks: RankPool, tmp_path: Path) -> None:
     check(ranks, 2, 2, [Case(num_layers=2, folder=tmp_path)], "zb-h1")
 

@@ -85,6 +85,7 @@ def test_lower_precisions(ranks: RankPool, dtype: torch.dtype) -> None:
     check(ranks, overlapped_cases(3, dtype, False), TOLERANCES[dtype])
 
 
+@pytest.mark.slow
 def test_split_and_replicated_experts(ranks: RankPool) -> None:
     order = {"expert_placement": shuffled_order()}
     cases = {}
