@@ -270,8 +270,13 @@ class MoELayer(nn.Module):
             sizes = counts.new_empty(self.num_slots)
             sizes.scatter_(0, self.slots_of_expert.flatten(), self._per_shard(counts[:, None]).flatten())
             slots = self.slots_of_expert[experts].flatten(1)
-        call = announce_call(self.layer_index, dtype, grads, sizes, self.header_slots, self.expert_group)
-        sent = None if sent is None else self._per_shard(sent)
+        # Overlapped rows carry the weights, whose gradients then come back with those of the rows.
+        grads = grads or (self.overlap is not None and routing.weights.requires_grad)
+        trained = grads or any(weight.requires_grad for weight in self.experts.projections)
+        kind = (int(grads) + int(trained)) * torch.is_grad_enabled()
+        call = announce_call(self.layer_index, dtype, kind, sizes, self.header_slots, self.expert_group)
+        # A mask may be a slice or an expanded value, and kernels read it element by element.
+        sent = None if sent is None else self._per_shard(sent).contiguous()
         return call, RowsToSend.of(slots, sent, sizes, padded=config.pad_to_capacity), dropped
 
     def _per_shard(self, per_choice: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ IDLE = -1
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PREFIX = 3  # layer index, dtype, which gradients are recorded
-_RECORDED = ("record no gradients", "record gradients of weights alone", "record gradients of tokens")
+_GRADS = ("sends no gradients", "sends gradients to experts alone", "sends gradients to experts and back")
 
 
 def number_layers(layers: Sequence[MoELayer]) -> None:
@@ -77,7 +77,7 @@ class AnnouncedCall:
 def announce_call(
     layer_index: int,
     dtype: torch.dtype,
-    grads: bool,
+    grads: int,
     sizes: Tensor,
     header_slots: int,
     group: dist.ProcessGroup | None,
@@ -87,7 +87,8 @@ def announce_call(
     Args:
         layer_index: Index of the calling layer.
         dtype: Dtype of its rows.
-        grads: Whether the rows want gradients, where gradients are recorded.
+        grads: Which gradients its backward pass will exchange: 0 for none, 1 for those of the experts' results, 2 for
+            those of the rows, too.
         sizes: Rows that this rank sends to each slot, int64 ``[slots]``.
         header_slots: Most slots of any layer in the group (see :func:`number_layers`).
         group: The expert group; None when this rank holds all experts.
@@ -102,7 +103,7 @@ def announce_call(
         return AnnouncedCall(sizes[None], sizes.numel(), 0)
     if dtype not in _DTYPES:
         raise ConfigError("hidden.dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
-    prefix = (layer_index, _DTYPES.index(dtype), (1 + grads) * torch.is_grad_enabled())
+    prefix = (layer_index, _DTYPES.index(dtype), grads)
     parts = [_constant(prefix, sizes.device), sizes]
     if sizes.numel() < header_slots:
         parts.append(sizes.new_zeros(header_slots - sizes.numel()))
@@ -110,6 +111,7 @@ def announce_call(
     return AnnouncedCall(all_gather(header[None], group), sizes.numel(), _PREFIX)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would trace through the cache, with a warning
 @cache
 def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     """The values on a device, int64; kept, since bringing them there waits for it."""
@@ -191,13 +193,13 @@ def _check(headers: list[list[int]]) -> tuple[int, torch.dtype] | None:
     if len(set(dtypes.values())) > 1:
         named = ", ".join(f"rank {rank} sends {dtype}" for rank, dtype in dtypes.items())
         raise RuntimeError(f"MoE layer {min(layers.values())} runs in different precisions: {named}")
-    recorded = {rank: header[2] for rank, header in active.items()}
-    if len(set(recorded.values())) > 1:
-        named = ", ".join(f"rank {rank} would {_RECORDED[kind]}" for rank, kind in recorded.items())
+    grads = {rank: header[2] for rank, header in active.items()}
+    if len(set(grads.values())) > 1:
+        named = ", ".join(f"rank {rank} {_GRADS[kind]}" for rank, kind in grads.items())
         raise RuntimeError(
-            f"MoE layer {min(layers.values())} has different backward passes: {named}. Ranks that exchange gradients "
-            "would wait for ever for those that do not; freeze the same parts of the model on all ranks, and "
-            "use torch.no_grad() on all or on none"
+            f"MoE layer {min(layers.values())} has different backward passes: {named}. Those that wait for gradients "
+            "would wait for ever; freeze the same parts of the model on all ranks, and use torch.no_grad() on all or "
+            "on none"
         )
     idle = sorted(set(range(len(headers))) - set(active))
     if idle and any(header[2] for header in active.values()):

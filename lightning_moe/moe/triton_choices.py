@@ -89,15 +89,15 @@ def match_rows(slots: Tensor, num_slots: int, num_rows: int, sent: Tensor | None
     """Match choices with rows; see :func:`lightning_moe.moe.dispatch.match_rows`.
 
     Args:
-        slots: Slot of each choice, int64 ``[N]``, contiguous.
+        slots: Slot of each choice, int64 ``[N]``.
         num_slots: Number of slots ``S``, at most :data:`MOST_SLOTS`.
         num_rows: Number of choices that are sent ``R``.
-        sent: Bool ``[N]``, contiguous: choices that are sent; None for all.
+        sent: Bool ``[N]``: choices that are sent; None for all.
 
     Returns:
         Row of each choice (0 where not sent), int64 ``[N]``, and choice of each row, int64 ``[R]``.
     """
-    num_choices = slots.numel()
+    slots, num_choices = slots.contiguous(), slots.numel()
     row_of_choice, choice_of_row = slots.new_empty(num_choices), slots.new_empty(num_rows)
     if not num_choices:
         return row_of_choice, choice_of_row
@@ -106,7 +106,7 @@ def match_rows(slots: Tensor, num_slots: int, num_rows: int, sent: Tensor | None
     bins = triton.next_power_of_2(num_slots)
     counts = torch.empty((blocks, bins), dtype=torch.int32, device=slots.device)
     shape = {"MASKED": sent is not None, "BINS": bins, "AT_ONCE": _AT_ONCE}
-    mask = slots if sent is None else sent
+    mask = slots if sent is None else sent.contiguous()
     _count_kernel[(blocks,)](slots, mask, counts, num_choices, steps, **shape)
     _place_kernel[(blocks,)](
         slots, mask, counts, row_of_choice, choice_of_row, num_choices, blocks, steps, TOGETHER=_TOGETHER, **shape

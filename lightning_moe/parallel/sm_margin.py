@@ -18,19 +18,21 @@ import torch
 class SmMargin:
     """A context in which matrix products leave some multiprocessors free; outside CUDA it does nothing.
 
-    It asks cuBLASLt, whose kernels take such a limit; PyTorch's switches for it hold for the whole process, so they
-    are set back at the end of the context. PyTorch calls them experimental, and prints a line when each is used for the
-    first time; where it lacks them, nothing is left free. The limit chooses kernels, so results may differ in their
-    last bits from those without it.
+    It asks cuBLASLt, whose kernels take such a limit, and torch's grouped GEMM obeys it as well. PyTorch's switches for
+    it hold for the whole process, so they are set back at the end of the context. PyTorch calls them experimental, and
+    prints a line when each is used for the first time; where it lacks them, nothing is left free. The limit chooses
+    kernels, so results may differ in their last bits from those without it.
 
     Args:
-        count: Multiprocessors to leave free; 0 changes nothing.
+        count: Multiprocessors to leave free, at most all but one; 0 changes nothing.
         device: Where the products run.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
         supported = hasattr(torch._C, "_set_sm_carveout_experimental") and torch.version.hip is None
-        self._count = count if device.type == "cuda" and supported else 0
+        self._count = 0
+        if count and device.type == "cuda" and supported:
+            self._count = min(count, torch.cuda.get_device_properties(device).multi_processor_count - 1)
         self._before: list[tuple[Any, int | None]] = []
 
     def __enter__(self) -> None:

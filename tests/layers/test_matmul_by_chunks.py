@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.layers import matmul_by_chunks
 from lightning_moe.layers.matmul_by_chunks import ColumnMatmulByChunks, row_matmul_of_arrivals
 from lightning_moe.layers.pending_exchange import PendingExchange
+from lightning_moe.weight_grad.segments import PartOfGrad
 from tests.layers.parallel import random
+from tests.margins import Margins
 
 TOKENS, WIDTH, HEADS, HEAD = 16, 24, 12, 8
 ROUNDING = 2**-8
@@ -75,3 +79,24 @@ def test_input_gradients_of_a_column_parallel_product_are_rounded_once() -> None
     assert weight.grad is not None
     assert_rounded_once(hidden.grad, grad.double() @ weight.double())
     assert_rounded_once(weight.grad, grad.double().t() @ hidden.double())
+
+
+def test_products_leave_room_for_messages_and_weight_gradients_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    margins = Margins()
+    margins.record(monkeypatch, matmul_by_chunks, PartOfGrad)
+    weight, back = nn.Parameter(random(HEADS * HEAD, WIDTH)), nn.Parameter(random(WIDTH, HEADS * HEAD, seed=3))
+    hidden = random(TOKENS, WIDTH, seed=1).requires_grad_()
+    product = ColumnMatmulByChunks(hidden, weight, None, sequence_parallel=False, sm_margin=5)
+    columns = runs(HEADS)
+    joined = [product.rows(each) for each in columns]
+    assert margins.entered == [5] * HEADS
+    exchanges: list[Any] = [Arrived(part.detach().view(1, 2, TOKENS // 2, 1, HEAD)) for part in joined]
+    tickets = [torch.empty(0, dtype=part.dtype, requires_grad=True) for part in joined]
+    output = row_matmul_of_arrivals(
+        tickets, cast("list[PendingExchange]", exchanges), columns, back, None, sequence_parallel=False, sm_margin=5
+    )
+    assert margins.entered == [5] * 2 * HEADS
+    output.sum().backward()
+    torch.stack([part.sum() for part in joined]).sum().backward()
+    assert margins.entered == [5] * 4 * HEADS
+    assert margins.weight_grads == 2 * HEADS

@@ -88,6 +88,18 @@ def test_choices_find_their_rows(num_tokens: int, num_slots: int, masked: bool) 
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("view", ["a slice", "every other", "one value"])
+def test_masks_that_are_views(view: str) -> None:
+    """Kernels read masks element by element; what they get is the mask, whatever its strides."""
+    flags = torch.rand((500, 6), device="cuda") < 0.7
+    views = {"a slice": flags[:, 1], "every other": flags.flatten()[:1000:2], "one value": flags[0, 0].expand(500)}
+    mask = views[view]
+    assert not mask.is_contiguous()
+    layer = MoELayer(128, MoEConfig(num_experts=16, top_k=1, expert_hidden_size=64)).cuda()
+    hidden = torch.randn((500, 128), device="cuda")
+    assert torch.equal(layer(hidden, mask)[0], layer(hidden, mask.contiguous())[0])
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_one_wait_for_the_device(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The routing's row counts are read once; nothing else in forward or backward makes the host wait."""

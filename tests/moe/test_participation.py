@@ -166,6 +166,11 @@ def want_gradients_of_tokens_on_one_rank(model: TwoLayers, rank: int) -> None:
     model.first(torch.zeros(2, D, requires_grad=rank == 1))
 
 
+def freeze_experts_on_one_rank(model: TwoLayers, rank: int) -> None:
+    model.first.experts.requires_grad_(rank == 1)
+    model.first(torch.zeros(2, D))
+
+
 def finish_while_the_other_trains(model: TwoLayers, rank: int) -> None:
     if rank == 0:
         model(torch.zeros(2, D))
@@ -185,11 +190,15 @@ def serve_unnumbered_layers(model: TwoLayers, rank: int) -> None:
         (call_in_different_precisions, ["rank 0 sends torch.bfloat16", "rank 1 sends torch.float64"]),
         (
             train_while_the_other_evaluates,
-            ["MoE layer 0", "rank 0 would record gradients of weights alone", "rank 1 would record no gradients"],
+            ["MoE layer 0", "rank 0 sends gradients to experts alone", "rank 1 sends no gradients"],
         ),
         (
             want_gradients_of_tokens_on_one_rank,
-            ["rank 0 would record gradients of weights alone", "rank 1 would record gradients of tokens", "freeze"],
+            ["rank 0 sends gradients to experts alone", "rank 1 sends gradients to experts and back", "freeze"],
+        ),
+        (
+            freeze_experts_on_one_rank,
+            ["rank 0 sends no gradients", "rank 1 sends gradients to experts alone"],
         ),
         (finish_while_the_other_trains, ["ranks [1]", "have finished while others record gradients"]),
         (serve_unnumbered_layers, ["same layer_index", "number_layers"]),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_moe.parallel.sm_margin import SmMargin
 
@@ -19,6 +26,8 @@ def switches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name, key in (("sm_carveout_experimental", "margin"), ("blas_preferred_backend", "backend")):
         monkeypatch.setattr(torch._C, f"_get_{name}", lambda key=key: state[key])
         monkeypatch.setattr(torch._C, f"_set_{name}", lambda value, key=key: state.update({key: value}))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     return state
 
 
@@ -28,6 +37,11 @@ def test_inside_alone(switches: dict[str, Any]) -> None:
         with margin:
             assert switches == {"margin": 4, "backend": torch._C._BlasBackend.Cublaslt}
         assert switches == before
+
+
+def test_one_is_left_to_the_product(switches: dict[str, Any]) -> None:
+    with SmMargin(200, CUDA):
+        assert switches["margin"] == 131
 
 
 def test_within_another(switches: dict[str, Any]) -> None:
@@ -58,6 +72,32 @@ def test_a_build_without_the_switch(switches: dict[str, Any], monkeypatch: pytes
     before = dict(switches)
     with SmMargin(4, CUDA):
         assert switches == before
+
+
+@pytest.mark.gpu
+def test_the_grid_of_a_product_is_smaller() -> None:
+    """cuBLASLt starts a block for each multiprocessor that it may use, or fewer."""
+    left, right = torch.randn((2, 8192, 8192), device=CUDA, dtype=torch.bfloat16)
+    margin, blocks = SmMargin(16, CUDA), []
+    left @ right
+    for context in (contextlib.nullcontext(), margin):
+        with context:
+            left @ right
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded, context:
+            left @ right
+            torch.cuda.synchronize()
+        kernels = json.loads(_trace_of(recorded))["traceEvents"]
+        blocks.append(max(math.prod(event["args"]["grid"]) for event in kernels if event.get("cat") == "kernel"))
+    count = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    assert blocks[1] <= count - 16 < blocks[0]
+
+
+def _trace_of(recorded: profile) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        recorded.export_chrome_trace(str(path))
+        return path.read_text()
 
 
 @pytest.mark.gpu

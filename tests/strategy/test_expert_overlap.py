@@ -335,7 +335,7 @@ def test_a_strategy_takes_away_what_another_one_has_given() -> None:
     found = []
     configs = [
         OverlapConfig(wait_at_once=True, dispatch="p2p"),
-        OverlapConfig(dispatch="blocking", attention_chunks=3),
+        OverlapConfig(dispatch="blocking", attention_chunks=3, sm_margin=7),
         OverlapConfig(),
         None,
     ]
@@ -343,5 +343,5 @@ def test_a_strategy_takes_away_what_another_one_has_given() -> None:
         layer.overlap = ExpertOverlap(SOURCE)
         LayerOverlap(config).set_up(module, mesh, None, nullcontext)
         assert layer.overlap is None
-        found.append((attention.exchange_chunks, attention.wait_at_once))
-    assert found == [(2, True), (3, False), (1, False), (1, False)]
+        found.append((attention.exchange_chunks, attention.wait_at_once, attention.sm_margin))
+    assert found == [(2, True, 4), (3, False, 7), (1, False, 4), (1, False, 0)]

@@ -131,25 +131,30 @@ class _Experts(torch.autograd.Function):
         matrices = ExpertMatrices(up, down, payload.dtype, call.offsets, call.grouped_gemm, call.sm_margin)
         projected: list[Tensor] = []
 
-        def first_half(piece: Piece, arrived: Tensor) -> Tensor:
+        def first_half(piece: Piece) -> Tensor:
+            arrived = rows[piece.rows]
             first = matrices.project(piece, arrived)
             if records and call.save == "fc1":
                 projected.append(first)
             return scaled_activation.forward(first, rows_with_pads.probabilities_of(arrived), call.activation)
 
-        # Own rows from the send buffer: the host has just waited for the row counts, so the device has nothing to do.
-        own = [partial(first_half, *each) for each in call.own_pieces(payload)]
+        def own_half(piece: Piece, sent: Tensor) -> Tensor:
+            # Not from where it is sent: backward may compute it again, and products depend on how rows are aligned.
+            rows[piece.rows].copy_(sent)
+            return first_half(piece)
+
+        # The host has just waited for the row counts, so the device has nothing to do.
+        own = [partial(own_half, *each) for each in call.own_pieces(payload)]
         if call.exchange.wait_at_once:
             arrivals, inner = _dispatch(call, payload, rows), [half() for half in own]
         else:
             posts = [partial(call.exchange.dispatch, chunk, payload, rows) for _, chunk in _remote(call)]
             arrivals, inner = post_between(posts, own, payload.device)
-        _copy_own(call, payload, rows)
         returned = payload.new_empty((call.plan.num_sent, up.shape[2]))
         for i, chunk in _remote(call):
             call.fill(False, i - 1)
             arrivals[i - 1].wait()
-            results = [matrices.project_down(piece, first_half(piece, rows[piece.rows])) for piece in chunk.pieces]
+            results = [matrices.project_down(piece, first_half(piece)) for piece in chunk.pieces]
             call.returning.append(call.exchange.give_back(chunk, results, returned))
         for (piece, target), activated in zip(call.own_pieces(returned), inner, strict=True):
             target.copy_(matrices.project_down(piece, activated))

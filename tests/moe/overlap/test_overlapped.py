@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from lightning_moe.config import OverlapConfig
+from lightning_moe.moe.overlap import matrices
 from lightning_moe.moe.overlap.cost import Rates
+from lightning_moe.weight_grad.grouped_segments import SegmentedMatmulGrad
 from tests.distributed import RankPool
+from tests.margins import Margins
 from tests.moe.cases import Case, Result, assemble, assert_same, run_ranks, run_single
 from tests.moe.test_expert_parallel import case, shuffled_order, spread_cases
 
@@ -78,6 +81,39 @@ def overlapped_cases(num_ranks: int, dtype: torch.dtype, every_plan: bool) -> di
 )
 def test_float64(ranks: RankPool, num_ranks: int) -> None:
     check(ranks, overlapped_cases(num_ranks, torch.float64, num_ranks == 3), TOLERANCES[torch.float64])
+
+
+def margins_of(cases: list[Case]) -> list[Margins]:
+    """What this rank's products leave free in each case."""
+    found = []
+    for one in cases:
+        margins = Margins()
+        with pytest.MonkeyPatch.context() as patch:
+            margins.record(patch, matrices, SegmentedMatmulGrad)
+            run_ranks([one])
+        found.append(margins)
+    return found
+
+
+def test_products_leave_room_for_messages_and_weight_gradients_do_not(ranks: RankPool) -> None:
+    """Own rows and one remote chunk: two products of each forward, two backward; one gradient of each weight."""
+    one = replace(case([9, 4]), overlap=replace(overlap("source", None, "fc1"), sm_margin=7))
+    for margins in ranks.run(2, margins_of, [one, replace(one, overlap=replace(one.overlap, save="recompute"))]):
+        kept, again = margins
+        assert kept.entered == [7] * 8
+        assert again.entered == [7] * 10
+        assert kept.weight_grads == again.weight_grads == 2
+
+
+@pytest.mark.parametrize("chunk", ["source", "expert"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_is_kept_changes_no_bit(ranks: RankPool, dtype: torch.dtype, chunk: str) -> None:
+    """Also where rows of an odd width lie at addresses for which products take another way."""
+    one = case([40, 64], hidden_size=33, dtype=dtype)
+    kept = [replace(one, overlap=overlap(chunk, None, save)) for save in SAVES]
+    results = ranks.run(2, run_ranks, kept)
+    for number, save in enumerate(SAVES[1:], 1):
+        bitwise([by_rank[number] for by_rank in results], [by_rank[0] for by_rank in results], save)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
