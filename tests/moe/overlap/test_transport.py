@@ -47,9 +47,8 @@ class Streams:
 )
 def test_on_cuda_they_take_turns(posts: int, works: int, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     streams = Streams(monkeypatch)
-    calls = [
-        [lambda name=f"{kind}{i}": streams.call(name) for i in range(n)] for kind, n in (("p", posts), ("w", works))
-    ]
+    names = [[f"p{i}" for i in range(posts)], [f"w{i}" for i in range(works)]]
+    calls = [[partial(streams.call, name) for name in each] for each in names]
     results = post_between(*calls, torch.device("cuda"))
     assert streams.log == ["wait for main", *order]
     assert list(results) == names
