@@ -71,9 +71,9 @@ class MegatronPeer:
         out.backward(grad)
 
     def gradients(self) -> Mapping[str, Tensor]:
-        """Those of the weights, by the names and in the layout of our layer."""
+        """Those of the weights, by the names and in the layout of our layer; the caller may keep them."""
         local, hidden = self._local, self._hidden
-        up, down = self._main or [weight.grad for weight in self._experts()]
+        up, down = [main.clone() for main in self._main] or [weight.grad for weight in self._experts()]
         return {
             "router.weight": self.layer.router.weight.grad,
             self._up_name: up.view(local, hidden, -1).transpose(1, 2),
