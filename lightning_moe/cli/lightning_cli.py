@@ -24,6 +24,9 @@ from lightning_moe.checkpoint import store
 from lightning_moe.cli.report import SUMMARY_NAME, Report, report_on
 from lightning_moe.errors import CheckpointError, ConfigError
 
+_PATIENCE = 10.0
+"""Seconds in which rank 0 tells of a problem and leaves, if it has found it as well; a busy machine is slow."""
+
 
 class TrainerCLI(LightningCLI):
     """LightningCLI with one more key in a recipe, ``report``; parsing, building and running happen in ``__init__``.
@@ -174,10 +177,11 @@ def _refuse(problem: ConfigError | CheckpointError) -> int:
     if rank:
         # Most problems are found by all ranks, and rank 0 tells them. It also has to leave first: once a rank that it
         # started has failed, Lightning kills rank 0 at the next look, before it could tell.
-        parent = os.getppid()
-        time.sleep(3.0)
-        if os.getppid() != parent:
-            return code
+        parent, deadline = os.getppid(), time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            if os.getppid() != parent:
+                return code
+            time.sleep(0.05)
     print(f"rank {rank}: {problem}" if rank else str(problem), file=sys.stderr, flush=True)
     return code
 

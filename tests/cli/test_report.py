@@ -197,12 +197,14 @@ def test_only_forecasts_of_series_are_reported() -> None:
 
 @pytest.fixture
 def on_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[int]], None]:
-    """Pretend to be a rank whose parent has the given process ids, one look after the other."""
+    """Pretend to be a rank whose parent has the given process ids, one look after the other; the last stays."""
 
     def pretend(rank: int, parents: list[int]) -> None:
+        clock = [0.0]
         monkeypatch.setattr(lightning_cli.rank_zero_only, "rank", rank)
-        monkeypatch.setattr(lightning_cli.time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(lightning_cli.os, "getppid", lambda: parents.pop(0))
+        monkeypatch.setattr(lightning_cli.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(lightning_cli.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
+        monkeypatch.setattr(lightning_cli.os, "getppid", lambda: parents.pop(0) if len(parents) > 1 else parents[0])
 
     return pretend
 
@@ -212,7 +214,8 @@ def on_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[int]], None]
     [
         (0, [], "data.path: 'x' is not allowed; allowed: a file\n"),
         (1, [77, 1], ""),  # rank 0 has gone, so it has told
-        (1, [77, 77], "rank 1: data.path: 'x' is not allowed; allowed: a file\n"),
+        (1, [77] * 100 + [1], ""),  # it has taken five seconds for it
+        (1, [77], "rank 1: data.path: 'x' is not allowed; allowed: a file\n"),
     ],
 )
 def test_a_refusal_is_told_once(
