@@ -32,6 +32,7 @@ from lightning_moe.bench.moe_limits import hidden_fractions, limit_milliseconds,
 from lightning_moe.bench.moe_report import environment, print_fluid, print_run
 from lightning_moe.bench.moe_timeline import draw_timeline
 from lightning_moe.bench.ranks import join_ranks, start_ranks
+from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.typecheck import closest
 from lightning_moe.errors import ConfigError
@@ -121,7 +122,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeline", type=Path, metavar="FILE.svg", help="picture of one step of p2p on rank 0")
     parser.add_argument("--fluid", action="store_true", help="measure two transformer blocks instead of one layer")
     parser.add_argument(
-        "--sm-margin", type=int, default=4, help="multiprocessors that products leave to messages, on CUDA"
+        "--sm-margin",
+        type=int,
+        default=OverlapConfig.sm_margin,
+        help="multiprocessors that products leave to messages, on CUDA",
     )
     parser.add_argument(
         "--attention-chunks", type=int, default=2, help="parts that heads are exchanged in, with --fluid"

@@ -65,8 +65,8 @@ class AnnouncedCall:
         """Rows that each rank sends to each slot; zeros for idle ranks.
 
         Raises:
-            RuntimeError: The active ranks do not call the same layer in the same dtype, they do not record the same
-                gradients, or gradients are recorded while a rank has finished.
+            RuntimeError: The active ranks do not call the same layer in the same dtype, their backward passes differ,
+                or gradients are recorded while a rank has finished.
         """
         numbers = self._read.wait()
         if self._prefix:

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_moe.config.moe import MoEConfig
+from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.moe.layer import MoELayer
+from lightning_moe.moe.overlap.executor import ExpertOverlap
 from lightning_moe.moe.participation import number_layers, serve_until_idle
 from lightning_moe.parallel.mesh import ParallelMesh
 from tests.distributed import RankPool
@@ -228,3 +230,17 @@ def serve_one_of_two() -> str:
 
 def test_a_layer_that_is_not_served(ranks: RankPool) -> None:
     assert ranks.run(2, serve_one_of_two, timeout=60) == ["called", "refused"]
+
+
+def weights_bring_gradients_of_rows() -> bool:
+    """Overlapped rows carry the router's weights, so whether the tokens want gradients makes no difference."""
+    mesh = ParallelMesh.build(ParallelConfig(expert=2))
+    model = TwoLayers(mesh)
+    model.first.overlap = ExpertOverlap(OverlapConfig(dispatch="p2p", chunk="source"))
+    hidden = torch.randn(2, D, requires_grad=mesh.global_rank == 1)
+    model.first(hidden)[0].sum().backward()
+    return hidden.grad is not None
+
+
+def test_what_counts_are_the_gradients_that_are_exchanged(ranks: RankPool) -> None:
+    assert ranks.run(2, weights_bring_gradients_of_rows, timeout=60) == [False, True]
