@@ -19,6 +19,7 @@ from lightning_moe.errors import ConfigError
 from lightning_moe.layers.kv_cache import KVCache
 from lightning_moe.layers.linear import ColumnParallelLinear, RowParallelLinear
 from lightning_moe.layers.norm import ParallelRMSNorm, RMSNorm
+from lightning_moe.layers.qkv_heads import HeadShape, can_fuse, qkv_heads
 from lightning_moe.layers.rope import apply_rope
 from lightning_moe.layers.token_layout import TokenLayout
 from lightning_moe.layers.ulysses import heads_from_tokens, tokens_from_heads
@@ -138,8 +139,7 @@ class CausalSelfAttention(nn.Module):
             assert cache is None, "a cache holds whole sequences"
             by_chunks: Tensor = self._forward_by_chunks(hidden, layout, rope, mask, group)
             return by_chunks
-        query, key, value = self._heads(self.qkv_proj(hidden, layout), layout)
-        query, key = self._placed(query, self.q_norm, rope), self._placed(key, self.k_norm, rope)
+        query, key, value = self._placed_heads(self.qkv_proj(hidden, layout), layout, rope)
         if cache is not None:
             assert not layout.context_parallel, "a cache holds whole sequences"
             key, value = cache.append(key, value)
@@ -182,6 +182,18 @@ class CausalSelfAttention(nn.Module):
         out: Tensor = self.o_proj(heads.join(attended).flatten(0, 1), layout)
         return out
 
+    def _placed_heads(
+        self, projected: Tensor, layout: TokenLayout, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of ``[T, (N + 2M) * H]`` as :meth:`_heads` splits them, queries and keys normalised and rotated."""
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if can_fuse(projected, rope) and all(_is_plain(norm, RMSNorm) for norm in norms):
+            gains, eps = ((norms[0].weight, norms[1].weight), norms[0].eps) if norms else (None, 0.0)
+            shape = HeadShape(self.num_heads, self.num_kv_heads, self.head_size)
+            return qkv_heads(projected.view(layout.batch, layout.length, -1), gains, rope, shape, eps)
+        query, key, value = self._heads(projected, layout)
+        return self._placed(query, self.q_norm, rope), self._placed(key, self.k_norm, rope), value
+
     def _heads(self, projected: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Split ``[T, (N + 2M) * H]`` into heads ``[B, Q, N, H]``, ``[B, Q, M, H]`` and ``[B, Q, M, H]``."""
         widths = [heads * self.head_size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
@@ -223,11 +235,11 @@ class CausalSelfAttention(nn.Module):
         return attended.transpose(1, 2)
 
 
-def _is_plain(projection: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a projection does no more than to multiply by its weight."""
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a projection (or a norm) does no more than what its class does with its weight."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    own = type(projection).forward is kind.forward and "forward" not in vars(projection)
-    return own and not any(getattr(projection, name) for name in hooks)
+    own = type(module).forward is kind.forward and "forward" not in vars(module)
+    return own and not any(getattr(module, name) for name in hooks)
 
 
 def _check_heads(num_heads: int, num_kv_heads: int, mesh: ParallelMesh) -> None:

@@ -32,15 +32,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise ``hidden`` ``[..., D]``; the result has its shape and dtype."""
-        if hidden.dtype == self.weight.dtype:  # torch itself takes the statistics of 16-bit vectors in float32
-            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        compute = torch.promote_types(hidden.dtype, torch.float32)
-        normed = F.rms_norm(hidden.to(compute), self.weight.shape, self.weight.to(compute), self.eps)
-        return normed.to(hidden.dtype)
+        return rms_norm(hidden, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """Show the width and eps in the module's repr."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What :class:`RMSNorm` computes: ``hidden`` ``[..., D]``, with the gain ``weight`` ``[D]``."""
+    if hidden.dtype == weight.dtype:  # torch itself takes the statistics of 16-bit vectors in float32
+        return F.rms_norm(hidden, weight.shape, weight, eps)
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    return F.rms_norm(hidden.to(compute), weight.shape, weight.to(compute), eps).to(hidden.dtype)
 
 
 class ParallelRMSNorm(nn.Module):

@@ -17,6 +17,7 @@ to run on CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,11 @@ class RowCounts:
 
     Attributes:
         tensor: int64 ``[P, E]`` on the device.
-        numbers: The same as ``P`` lists of ``E`` numbers.
+        numbers: The same as ``P`` sequences of ``E`` numbers.
     """
 
     tensor: Tensor
-    numbers: list[list[int]]
+    numbers: Sequence[Sequence[int]]
 
     @property
     def num_slots(self) -> int:
@@ -81,7 +82,7 @@ class DispatchPlan:
     output_splits: tuple[int, ...]
     to_expert_major: Tensor | None
     to_source_major: Tensor | None
-    expert_counts: tuple[int, ...]
+    expert_counts: Sequence[int]
     expert_offsets: Tensor
 
 
@@ -96,6 +97,9 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Work out a plan; pure, without communication and without waiting for the device.
 
+    A rank that holds all experts looks at no number where ``matched`` is given: a host that waited for the choices of
+    every layer could not run ahead of its device.
+
     Args:
         slots: Slot of each choice, int64 ``[T, K]``.
         counts: Rows that each rank sends to each slot.
@@ -108,11 +112,12 @@ def plan_dispatch(
         The plan, with index tensors on the device of ``slots``.
     """
     local_slots = _slots_of(rank, counts)
-    own = counts.numbers[rank]
     received = counts.tensor[:, local_slots]
-    pieces = [source[local_slots] for source in counts.numbers]
-    row_of_choice, choice_of_row = matched or match_rows(slots, counts.tensor[rank], sum(own), sent, padded=padded)
-    to_expert_major, to_source_major = _expert_major(received, sum(map(sum, pieces)))
+    row_of_choice, choice_of_row = matched or match_rows(
+        slots, counts.tensor[rank], sum(counts.numbers[rank]), sent, padded=padded
+    )
+    input_splits, output_splits, expert_counts = _splits(rank, counts, choice_of_row.numel())
+    to_expert_major, to_source_major = _expert_major(received, sum(output_splits))
     return DispatchPlan(
         num_tokens=slots.shape[0],
         top_k=slots.shape[1],
@@ -120,11 +125,11 @@ def plan_dispatch(
         choice_sent=None if sent is None else sent.flatten(),
         choice_of_row=choice_of_row.clamp(min=0) if padded else choice_of_row,
         row_filled=choice_of_row >= 0 if padded else None,
-        input_splits=tuple(sum(own[_slots_of(other, counts)]) for other in range(len(pieces))),
-        output_splits=tuple(map(sum, pieces)),
+        input_splits=input_splits,
+        output_splits=output_splits,
         to_expert_major=to_expert_major,
         to_source_major=to_source_major,
-        expert_counts=tuple(map(sum, zip(*pieces, strict=True))),
+        expert_counts=expert_counts,
         expert_offsets=received.sum(0).cumsum(0).to(torch.int32),
     )
 
@@ -206,6 +211,16 @@ def combine(
 def _slots_of(rank: int, counts: RowCounts) -> slice:
     per_rank = counts.num_slots // len(counts.numbers)
     return slice(rank * per_rank, (rank + 1) * per_rank)
+
+
+def _splits(rank: int, counts: RowCounts, sent: int) -> tuple[tuple[int, ...], tuple[int, ...], Sequence[int]]:
+    """Rows to each rank, rows from each rank, and rows of each local expert; ``sent`` rows leave this rank in all."""
+    if len(counts.numbers) == 1:
+        return (sent,), (sent,), counts.numbers[0]
+    own, local_slots = counts.numbers[rank], _slots_of(rank, counts)
+    pieces = [source[local_slots] for source in counts.numbers]
+    to_ranks = tuple(sum(own[_slots_of(other, counts)]) for other in range(len(pieces)))
+    return to_ranks, tuple(map(sum, pieces)), tuple(map(sum, zip(*pieces, strict=True)))
 
 
 def _expert_major(received: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor | None]:

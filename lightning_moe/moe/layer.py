@@ -19,7 +19,7 @@ from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatc
 from lightning_moe.moe.experts import GroupedExperts
 from lightning_moe.moe.losses import RouterLosses
 from lightning_moe.moe.overlap.executor import ExpertOverlap
-from lightning_moe.moe.participation import AnnouncedCall, announce_call
+from lightning_moe.moe.participation import AnnouncedCall, OwnCall, announce_call
 from lightning_moe.moe.router import Routing, TopKRouter
 from lightning_moe.moe.routing_tape import RoutingTape, once
 from lightning_moe.moe.rows_to_send import RowsToSend
@@ -251,7 +251,7 @@ class MoELayer(nn.Module):
 
     def _announce(
         self, routing: Routing, mask: Tensor | None, dtype: torch.dtype, grads: bool
-    ) -> tuple[AnnouncedCall, RowsToSend, Tensor]:
+    ) -> tuple[AnnouncedCall | OwnCall, RowsToSend, Tensor]:
         """Begin to exchange row counts, and work out what is sent and how many choices are dropped."""
         config, experts = self.config, routing.experts
         counts = routing.tokens_per_expert

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_moe.errors import ConfigError
 from lightning_moe.moe.dispatch import RowCounts
 from lightning_moe.parallel.collectives import all_gather
-from lightning_moe.parallel.host_read import HostRead
+from lightning_moe.parallel.host_read import HostRead, NumbersOnDevice
 
 if TYPE_CHECKING:
     from lightning_moe.moe.layer import MoELayer
@@ -57,8 +57,8 @@ class AnnouncedCall:
     it keeps the device busy meanwhile, and while the host prepares what follows.
     """
 
-    def __init__(self, headers: Tensor, num_slots: int, prefix: int) -> None:
-        self._headers, self._num_slots, self._prefix = headers, num_slots, prefix
+    def __init__(self, headers: Tensor, num_slots: int) -> None:
+        self._headers, self._num_slots = headers, num_slots
         self._read = HostRead(headers)
 
     def wait(self) -> RowCounts:
@@ -69,9 +69,19 @@ class AnnouncedCall:
                 or gradients are recorded while a rank has finished.
         """
         numbers = self._read.wait()
-        if self._prefix:
-            _check(numbers)
-        return _row_counts(_Headers(self._headers, numbers), self._num_slots, self._prefix)
+        _check(numbers)
+        return _row_counts(_Headers(self._headers, numbers), self._num_slots)
+
+
+class OwnCall:
+    """The call of a rank that holds all experts, which nobody else takes part in."""
+
+    def __init__(self, sizes: Tensor) -> None:
+        self._counts = RowCounts(sizes[None], [NumbersOnDevice(sizes)])
+
+    def wait(self) -> RowCounts:
+        """Rows for each slot. The host waits for nothing here, but where it first looks at a number."""
+        return self._counts
 
 
 def announce_call(
@@ -81,7 +91,7 @@ def announce_call(
     sizes: Tensor,
     header_slots: int,
     group: dist.ProcessGroup | None,
-) -> AnnouncedCall:
+) -> AnnouncedCall | OwnCall:
     """Tell the group that this rank calls a layer.
 
     Args:
@@ -100,7 +110,7 @@ def announce_call(
         ConfigError: No rank can be told of such a dtype.
     """
     if group is None:
-        return AnnouncedCall(sizes[None], sizes.numel(), 0)
+        return OwnCall(sizes)
     if dtype not in _DTYPES:
         raise ConfigError("hidden.dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
     prefix = (layer_index, _DTYPES.index(dtype), grads)
@@ -108,7 +118,7 @@ def announce_call(
     if sizes.numel() < header_slots:
         parts.append(sizes.new_zeros(header_slots - sizes.numel()))
     header = torch.cat(parts)
-    return AnnouncedCall(all_gather(header[None], group), sizes.numel(), _PREFIX)
+    return AnnouncedCall(all_gather(header[None], group), sizes.numel())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would trace through the cache, with a warning
@@ -172,8 +182,8 @@ def _gather(header: Tensor, group: dist.ProcessGroup) -> _Headers:
     return _Headers(headers, headers.tolist())
 
 
-def _row_counts(headers: _Headers, num_slots: int, prefix: int = _PREFIX) -> RowCounts:
-    columns = slice(prefix, prefix + num_slots)
+def _row_counts(headers: _Headers, num_slots: int) -> RowCounts:
+    columns = slice(_PREFIX, _PREFIX + num_slots)
     return RowCounts(headers.tensor[:, columns], [header[columns] for header in headers.numbers])
 
 

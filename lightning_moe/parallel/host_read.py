@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -32,3 +34,35 @@ class HostRead:
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()
+
+
+class NumbersOnDevice(Sequence[int]):
+    """Integers of a tensor, on their way to the host, which waits for them when it first looks.
+
+    Args:
+        tensor: int64, one dimension; it must not be written any more.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._count = tensor.shape[0]
+        self._read = HostRead(tensor)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        numbers: list[int] = self._read.wait()
+        return numbers
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._numbers[index]

@@ -32,14 +32,14 @@ class GroupedMatmulGrad(WeightGrad):
     Attributes:
         grad_output: ``[R, N]``.
         rows: ``[R, K]``, in the same dtype. There may be gaps between rows.
-        counts: Rows of each expert.
+        counts: Rows of each expert; looked at only where experts are multiplied one by one.
         offsets: The end of each expert's rows, int32 ``[E]`` on the device of the rows.
         grouped: Whether the operands follow the rules of the grouped GEMM (see :func:`can_group`).
     """
 
     grad_output: Tensor
     rows: Tensor
-    counts: tuple[int, ...]
+    counts: Sequence[int]
     offsets: Tensor
     grouped: bool
 
@@ -129,7 +129,8 @@ def grouped_linear(
     Args:
         rows: ``[R, K]``, all rows of expert 0, then those of expert 1, ...
         weight: ``[E, N, K]``; its gradients go to its sink, if it has one. Experts without rows get zeros.
-        counts: Rows of each expert; zeros are fine.
+        counts: Rows of each expert; zeros are fine. Kept for the backward pass, so it must not change; looked at only
+            where experts are multiplied one by one.
         offsets: The end of each expert's rows, int32 ``[E]`` on the device of the rows.
         grouped_gemm: Whether to use one grouped GEMM where it is available (see :func:`can_group`); False always loops
             over the experts.
@@ -144,7 +145,7 @@ def grouped_linear(
         if torch.compiler.is_compiling():
             return _loop(rows.to(dtype), weight.to(dtype).transpose(-2, -1), counts)
         out: Tensor = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
-            rows.to(dtype), weight, tuple(counts), offsets, grouped_gemm
+            rows.to(dtype), weight, counts, offsets, grouped_gemm
         )
     return out
 
@@ -205,7 +206,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, counts: Sequence[int], offse
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, counts: tuple[int, ...], offsets: Tensor, grouped_gemm: bool
+        ctx: Any, rows: Tensor, weight: Tensor, counts: Sequence[int], offsets: Tensor, grouped_gemm: bool
     ) -> Tensor:
         cast = weight.to(rows.dtype)
         ctx.sink, ctx.counts, ctx.offsets = sink_of(weight), counts, offsets

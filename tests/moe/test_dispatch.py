@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_moe.moe.choices import count_choices
-from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatch, plan_dispatch
+from lightning_moe.moe.dispatch import DispatchPlan, RowCounts, combine, dispatch, match_rows, plan_dispatch
 
 
 def row_counts(numbers: list[list[int]]) -> RowCounts:
@@ -141,3 +143,26 @@ def test_sums_run_in_float32(dtype: torch.dtype) -> None:
     dispatch(tokens, plan, None).backward(rows.detach())
     assert tokens.grad is not None
     assert tokens.grad.item() == torch.tensor(259.5).to(dtype).item()
+
+
+class _Unread(Sequence[int]):
+    """Numbers that nobody may look at."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("the host has waited for the device")
+
+
+def test_a_rank_that_holds_all_experts_looks_at_no_number() -> None:
+    slots = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    sizes = torch.tensor([2, 2, 2])
+    matched = match_rows(slots, sizes, slots.numel())
+    plan = plan_dispatch(slots, RowCounts(sizes[None], [_Unread()]), 0, matched=matched)
+    known = plan_dispatch(slots, row_counts([[2, 2, 2]]), 0)
+    assert (plan.input_splits, plan.output_splits) == (known.input_splits, known.output_splits) == ((6,), (6,))
+    assert torch.equal(plan.choice_of_row, known.choice_of_row)
+    assert torch.equal(plan.expert_offsets, known.expert_offsets)
+    with pytest.raises(AssertionError, match="waited"):
+        sum(plan.expert_counts)

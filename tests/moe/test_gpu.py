@@ -100,9 +100,10 @@ def test_masks_that_are_views(view: str) -> None:
     assert torch.equal(layer(hidden, mask)[0], layer(hidden, mask.contiguous())[0])
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_one_wait_for_the_device(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The routing's row counts are read once; nothing else in forward or backward makes the host wait."""
+def test_waits_for_the_device(checkpointed: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that holds all experts waits for nothing; with a mask it reads once how many rows there are."""
     reads: list[Any] = []
     wait = HostRead.wait
 
@@ -113,9 +114,10 @@ def test_one_wait_for_the_device(checkpointed: bool, monkeypatch: pytest.MonkeyP
 
     layer = MoELayer(128, MoEConfig(num_experts=16, top_k=4, expert_hidden_size=64)).cuda().bfloat16()
     hidden = torch.randn(500, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.arange(500, device="cuda") % 3 > 0 if masked else None
 
     def step() -> None:
-        output, _ = checkpoint_with_routing(layer, hidden) if checkpointed else layer(hidden)
+        output, _ = checkpoint_with_routing(layer, hidden, mask) if checkpointed else layer(hidden, mask)
         output.sum().backward()
 
     step()  # kernels are loaded
@@ -129,7 +131,7 @@ def test_one_wait_for_the_device(checkpointed: bool, monkeypatch: pytest.MonkeyP
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
     assert waits == []  # of which PyTorch knows; it does not know of waits for an event
-    assert len(reads) == 1
+    assert len(reads) == masked
 
 
 def test_main_grads_of_bfloat16_experts_are_float32() -> None:
