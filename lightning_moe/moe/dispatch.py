@@ -230,9 +230,7 @@ def _expert_major(received: Tensor, num_rows: int) -> tuple[Tensor | None, Tenso
         return None, None
     experts = torch.arange(num_experts, device=received.device).repeat(num_ranks)
     expert_of_row = experts.repeat_interleave(received.flatten(), output_size=num_rows)
-    to_expert_major = torch.argsort(expert_of_row, stable=True)
-    to_source_major = torch.empty_like(to_expert_major)
-    to_source_major[to_expert_major] = torch.arange(num_rows, device=received.device)
+    to_source_major, to_expert_major = match_rows(expert_of_row[:, None], received.sum(0), num_rows)
     return to_expert_major, to_source_major
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.config.moe import MoEConfig
-from lightning_moe.moe.dispatch import match_rows
+from lightning_moe.moe.dispatch import _expert_major, match_rows
 from lightning_moe.moe.layer import MoELayer
 from lightning_moe.moe.routing_tape import checkpoint_with_routing
 from lightning_moe.parallel.host_read import HostRead
@@ -86,6 +86,16 @@ def test_choices_find_their_rows(num_tokens: int, num_slots: int, masked: bool) 
     expected = match_rows(slots, sizes, num_rows, sent)
     found = match_rows(slots.cuda(), sizes.cuda(), num_rows, None if sent is None else sent.cuda())
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("num_ranks", "num_experts"), [(2, 3), (4, 32), (3, 300)])
+def test_rows_of_all_ranks_are_sorted_by_expert(num_ranks: int, num_experts: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    received = torch.randint(0, 40, (num_ranks, num_experts), generator=generator)
+    received[:, 1] = 0
+    rows = int(received.sum())
+    on_gpu, on_cpu = _expert_major(received.cuda(), rows), _expert_major(received, rows)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(on_gpu, on_cpu, strict=True))
 
 
 @pytest.mark.parametrize("view", ["a slice", "every other", "one value"])
