@@ -196,7 +196,10 @@ class Contest:
         if name == "blocking" or self.group is None:
             return None
         dispatch = "auto" if name == "auto" else "p2p"
-        return ExpertOverlap(self._config(dispatch, wait_at_once=name == "waiting"), self.rates, link=self.link)
+        # All-to-alls do not cross the simulated link, so there is nothing to learn from trying them.
+        trials: dict[LayerShape, tuple[float, float]] | None = {} if self.link is None else None
+        config = self._config(dispatch, wait_at_once=name == "waiting")
+        return ExpertOverlap(config, self.rates, link=self.link, trials=trials)
 
     def _config(self, dispatch: Any, *, wait_at_once: bool = False) -> OverlapConfig:
         options = self.options

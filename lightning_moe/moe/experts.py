@@ -132,11 +132,13 @@ class GroupedExperts(nn.Module):
         Returns:
             ``[R, D]`` in the dtype of the computation.
         """
-        up: Tensor = getattr(self, self._up_name)
-        rows = rows.to(compute_dtype(rows))
-        projected = grouped_linear(rows, up, counts, offsets, self.grouped_gemm)
+        return self.forward_with(*self.projections, rows, counts, offsets)
+
+    def forward_with(self, up: Tensor, down: Tensor, rows: Tensor, counts: Sequence[int], offsets: Tensor) -> Tensor:
+        """:meth:`forward` with other values of the two projections' weights."""
+        projected = grouped_linear(rows.to(compute_dtype(rows)), up, counts, offsets, self.grouped_gemm)
         inner = activate(projected, self.activation)
-        return grouped_linear(inner, self.down_proj, counts, offsets, self.grouped_gemm)
+        return grouped_linear(inner, down, counts, offsets, self.grouped_gemm)
 
     def _specs(self, name: str) -> ShardSpecs:
         """Specs of a parameter: experts over one axis, their inner width over another."""

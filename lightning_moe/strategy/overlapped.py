@@ -27,7 +27,7 @@ from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.errors import ConfigError
 from lightning_moe.layers.causal_attention import CausalSelfAttention
 from lightning_moe.moe.layer import MoELayer
-from lightning_moe.moe.overlap.cost import Rates, typical_gemm
+from lightning_moe.moe.overlap.cost import LayerShape, Rates, typical_gemm
 from lightning_moe.moe.overlap.executor import ExpertOverlap
 from lightning_moe.moe.overlap.rates import measure_rates
 from lightning_moe.parallel.mesh import ParallelMesh
@@ -59,6 +59,7 @@ class LayerOverlap:
         self._config = config
         self._mesh: ParallelMesh | None = None
         self._rates: dict[_Products, Rates] = {}
+        self._trials: dict[_Products, dict[LayerShape, tuple[float, float]]] = {}
 
     def set_up(
         self,
@@ -85,7 +86,7 @@ class LayerOverlap:
             ConfigError: The experts of a rank cannot be divided as is wanted.
         """
         if mesh is not self._mesh:
-            self._mesh, self._rates = mesh, {}
+            self._mesh, self._rates, self._trials = mesh, {}, {}
         overlaps: dict[_Products, ExpertOverlap] = {}
         for layer in module.modules():
             if isinstance(layer, MoELayer):
@@ -114,7 +115,9 @@ class LayerOverlap:
                 f"at most {products.local_slots}, the experts of a rank",
                 "leave it out to ask the cost model",
             )
-        return ExpertOverlap(config, self._rates_for(config, layer, products, queue is not None), queue)
+        rates = self._rates_for(config, layer, products, queue is not None)
+        measured = _given_rates(config) is None
+        return ExpertOverlap(config, rates, queue, trials=self._trials.setdefault(products, {}) if measured else None)
 
     def _rates_for(self, config: OverlapConfig, layer: MoELayer, products: _Products, has_queue: bool) -> Rates | None:
         """Rates of a layer's exchange and products; None where nothing depends on them."""

@@ -20,7 +20,7 @@ Save = Literal["fc1", "recompute", "redispatch"]
 
 _PAD = 16
 """Bytes beside a row that carry its weight, or that weight's gradient."""
-_WORTHWHILE = 0.02
+WORTHWHILE = 0.02
 """Share of the time that overlap must save to be chosen."""
 _CLOSE = 0.02
 """Share of the time within which candidates count as equally fast: the model knows no better."""
@@ -187,7 +187,7 @@ def choose(shape: LayerShape, rates: Rates, config: OverlapConfig) -> Chunking |
     times = {chunking: seconds(chunking) for chunking in _candidates(shape.local_slots, config)}
     fastest = min(times.values())
     best = next(chunking for chunking, time in times.items() if time <= fastest * (1 + _CLOSE))
-    if config.dispatch == "auto" and times[best] > seconds(None) * (1 - _WORTHWHILE):
+    if config.dispatch == "auto" and times[best] > seconds(None) * (1 - WORTHWHILE):
         return None
     return best
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from math import log
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_moe.config.overlap import OverlapConfig
-from lightning_moe.moe.dispatch import RowCounts
+from lightning_moe.moe.dispatch import RowCounts, combine, dispatch
 from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes, piece_offsets
-from lightning_moe.moe.overlap.cost import LayerShape, Prediction, Rates, choose, predict
+from lightning_moe.moe.overlap.cost import WORTHWHILE, LayerShape, Prediction, Rates, choose, predict
 from lightning_moe.moe.overlap.function import Waiting, collect, exchange_and_compute, pack
 from lightning_moe.moe.overlap.plan import Chunking, plan_exchange
 from lightning_moe.moe.overlap.transport import ChunkExchange, SimulatedLink
+from lightning_moe.moe.overlap.trial import seconds_of
 from lightning_moe.moe.rows_to_send import RowsToSend
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.weight_grad.queue import WeightGradQueue
@@ -27,6 +30,8 @@ _TALL = 256
 """Rows of one source and expert from which a grouped product runs well; for chunks without measured rates."""
 _LARGE = 1.6e10
 """Multiply-adds that take an H200 40 microseconds: much more than it takes to launch a product."""
+_MOST_TRIALS = 8
+"""Shapes that are tried; others, as of sequences of many lengths, go by the nearest of these."""
 _GRAD_GROUPS = 4
 """Parts that each weight's gradient is computed in, so that they fit into waits."""
 
@@ -42,6 +47,8 @@ class ExpertOverlap:
         link: Simulated speed, on CPUs.
         large_product: Multiply-adds of a chunk's rows of one expert from which they have a product of their own, and
             all rows of an expert follow each other.
+        trials: For shapes of calls, the seconds that an all-to-all and overlap took. With ``auto`` calls of other
+            shapes are tried in training, and added; None lets the cost model alone decide.
     """
 
     def __init__(
@@ -51,10 +58,12 @@ class ExpertOverlap:
         queue: WeightGradQueue | None = None,
         link: SimulatedLink | None = None,
         large_product: float = _LARGE,
+        trials: dict[LayerShape, tuple[float, float]] | None = None,
     ) -> None:
         self.config, self.rates, self.queue, self.link = config, rates, queue, link
+        self.trials = trials
         self._large_product = large_product
-        self._chosen: dict[LayerShape, Chunking | None] = {}
+        self._chosen: dict[tuple[LayerShape, bool], Chunking | None] = {}
         self._predicted: dict[tuple[LayerShape, Chunking, bool, bool], Prediction] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertOverlap:
@@ -92,12 +101,35 @@ class ExpertOverlap:
 
     def chunking(self, shape: LayerShape) -> Chunking | None:
         """How calls of this shape are cut into chunks; None for an all-to-all."""
-        if shape not in self._chosen:
-            chosen = self._choose(shape)
+        trial = self._nearest_trial(shape)
+        if trial is None:
+            return self._cut(shape, asked=False)
+        blocking, overlapped = trial
+        return self._cut(shape, asked=True) if overlapped <= blocking * (1 - WORTHWHILE) else None
+
+    def untried(self, shape: LayerShape) -> Chunking | None:
+        """The chunks to try on a call of this shape; None where nothing is to be tried."""
+        if self.trials is None or self.config.dispatch != "auto":
+            return None
+        if shape in self.trials or len(self.trials) == _MOST_TRIALS:
+            return None
+        return self._cut(shape, asked=True)
+
+    def _nearest_trial(self, shape: LayerShape) -> tuple[float, float] | None:
+        """What was found for the shape, or for that with the most similar number of rows."""
+        if not self.trials or self.config.dispatch != "auto":
+            return None
+        return self.trials[min(self.trials, key=lambda tried: abs(log(tried.rows / shape.rows)))]
+
+    def _cut(self, shape: LayerShape, *, asked: bool) -> Chunking | None:
+        """The cost model's chunks; also where it prefers an all-to-all, if they are asked for."""
+        key = shape, asked
+        if key not in self._chosen:
+            chosen = self._choose(shape, replace(self.config, dispatch="p2p") if asked else self.config)
             if chosen is not None:
                 chosen = chosen._replace(slot_major=_products(shape, chosen) >= self._large_product)
-            self._chosen[shape] = chosen
-        return self._chosen[shape]
+            self._chosen[key] = chosen
+        return self._chosen[key]
 
     def filler(self, shape: LayerShape, chunking: Chunking) -> Callable[[bool, int], None]:
         """What offers the idle time of a call's waits to the queue."""
@@ -117,8 +149,7 @@ class ExpertOverlap:
 
         return fill
 
-    def _choose(self, shape: LayerShape) -> Chunking | None:
-        config = self.config
+    def _choose(self, shape: LayerShape, config: OverlapConfig) -> Chunking | None:
         if config.dispatch == "blocking":
             return None
         if self.rates is not None:
@@ -161,21 +192,70 @@ class OverlappedRows:
         Returns:
             ``[T, D]``.
         """
-        layer, rank = self._layer, self._layer.mesh.rank(Axis.EXPERT_MODEL)
-        up, down = layer.experts.projections
+        layer, overlap, rank = self._layer, self._overlap, self._layer.mesh.rank(Axis.EXPERT_MODEL)
         shape = _shape_of(layer, self._tokens, sum(map(sum, counts.numbers)) / len(counts.numbers))
-        chunking = self._overlap.chunking(shape)
+        untried = overlap.untried(shape)
+        # All ranks record gradients, or none does: the headers say so.
+        if untried is not None and torch.is_grad_enabled() and self._requires_grad:
+            assert overlap.trials is not None
+            overlap.trials[shape] = self._try(counts, untried, dtype)
+        chunking = overlap.chunking(shape)
         if chunking is None:
             self._payload = None
             return layer.run_experts(self._tokens, self._weights, self._sending.plan(counts, rank), dtype)
         if self._payload is None:
             self._pack(sum(counts.numbers[rank]))
         assert self._routes is not None
+        assert self._payload is not None
+        call = self._waiting.call = self._call(counts, chunking, self._routes, overlap.filler(shape, chunking))
+        with torch.autocast(self._tokens.device.type, enabled=False):
+            again = self._again(self._tokens, self._weights)
+            rows = exchange_and_compute(self._payload, *layer.experts.projections, again, call)
+            self._payload = None  # nothing needs it once its rows have left
+            return collect(rows, call, dtype)
+
+    @property
+    def _requires_grad(self) -> bool:
+        return self._tokens.requires_grad or self._weights.requires_grad
+
+    def _try(self, counts: RowCounts, chunking: Chunking, dtype: torch.dtype) -> tuple[float, float]:
+        """Seconds of an all-to-all and of overlap on the rows of this call; a collective call."""
+        layer, rank = self._layer, self._layer.mesh.rank(Axis.EXPERT_MODEL)
+        group, experts = layer.expert_group, layer.experts
+        plan = self._sending.plan(counts, rank)
+        routes = self._routes or self._sending.routes(sum(counts.numbers[rank]))
+
+        def blocking(tokens: Tensor, weights: Tensor, up: nn.Parameter, down: nn.Parameter) -> Tensor:
+            rows = dispatch(tokens, plan, group)
+            rows = experts.forward_with(up, down, rows, plan.expert_counts, plan.expert_offsets)
+            return combine(rows, weights, plan, group, dtype)
+
+        def overlapped(tokens: Tensor, weights: Tensor, up: nn.Parameter, down: nn.Parameter) -> Tensor:
+            waiting = Waiting()
+            payload = pack(tokens, weights, routes, waiting)
+            call = waiting.call = self._call(counts, chunking, routes, _nothing_to_fill)
+            rows = exchange_and_compute(payload, up, down, self._again(tokens, weights), call)
+            return collect(rows, call, dtype)
+
+        first, second = seconds_of(
+            (blocking, overlapped),
+            self._tokens,
+            self._weights,
+            experts.projections,
+            group,
+            deferred=self._overlap.queue is not None,
+        )
+        return first, second
+
+    def _call(
+        self, counts: RowCounts, chunking: Chunking, routes: RowRoutes, fill: Callable[[bool, int], None]
+    ) -> OverlappedCall:
+        layer, config = self._layer, self._overlap.config
         assert layer.expert_group is not None
-        config, plan = self._overlap.config, plan_exchange(counts.numbers, rank, chunking)
-        call = self._waiting.call = OverlappedCall(
+        plan = plan_exchange(counts.numbers, layer.mesh.rank(Axis.EXPERT_MODEL), chunking)
+        return OverlappedCall(
             plan,
-            self._routes,
+            routes,
             ChunkExchange(layer.expert_group, self._overlap.link, config.wait_at_once),
             piece_offsets(plan, self._tokens.device),
             layer.experts.activation,
@@ -183,20 +263,20 @@ class OverlappedRows:
             config.save,
             _GRAD_GROUPS,
             config.sm_margin,
-            self._overlap.filler(shape, chunking),
+            fill,
         )
-        again = None
-        if config.save == "redispatch":
-            again = self._tokens.detach(), self._weights.detach()
-        assert self._payload is not None
-        with torch.autocast(self._tokens.device.type, enabled=False):
-            rows = exchange_and_compute(self._payload, up, down, again, call)
-            self._payload = None  # nothing needs it once its rows have left
-            return collect(rows, call, dtype)
+
+    def _again(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the send buffer is made of once more, where backward exchanges it again."""
+        return (tokens.detach(), weights.detach()) if self._overlap.config.save == "redispatch" else None
 
     def _pack(self, num_rows: int) -> None:
         self._routes = self._sending.routes(num_rows)
         self._payload = pack(self._tokens, self._weights, self._routes, self._waiting)
+
+
+def _nothing_to_fill(backward: bool, position: int) -> None:
+    return
 
 
 def _products(shape: LayerShape, chunking: Chunking) -> float:

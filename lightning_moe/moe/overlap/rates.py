@@ -6,8 +6,7 @@ different chunks, and then wait for messages that nobody sends.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.moe.overlap.cost import Rates, typical_gemm
+from lightning_moe.moe.overlap.stopwatch import Stopwatch, Work
 from lightning_moe.parallel.sm_margin import SmMargin
 from lightning_moe.weight_grad import grouped_linear
 
@@ -29,13 +29,10 @@ _MESSAGES = 32
 _MESSAGE_BYTES = 256
 _SOME_BYTES, _MANY_BYTES = 2**20, 2**26
 """What a rank sends in all, for the bandwidth."""
-_REPEATS = 3
 _LONGEST = 0.02
 """Seconds; what should take longer is not timed."""
 _MOST_CONTENTION = 0.9
 """Where it is more, the times were disturbed."""
-
-Work = Callable[[], object]
 
 
 @torch.no_grad()
@@ -69,7 +66,7 @@ def measure_rates(
     Returns:
         The rates, bit for bit the same on all ranks of the group.
     """
-    clock = _Clock(device, group)
+    clock = Stopwatch(device, group)
     experts = _Experts(device, dtype, hidden, up_width, inner, local_slots)
     times: dict[int, float] = {}
     if config.gemm_teraflops is None:
@@ -86,47 +83,6 @@ def measure_rates(
     margin = SmMargin(config.sm_margin, device)
     contention = _contention(clock, experts, times, transfer, seconds, margin) if times else 0.0
     return replace(rates, link_bytes_per_second=link, latency=latency, contention=contention)
-
-
-@dataclass(frozen=True)
-class _Clock:
-    device: torch.device
-    group: dist.ProcessGroup | None
-
-    def seconds(self, work: Work, beside: Callable[[], Work] | None = None) -> float:
-        """The shortest time of some that work takes this rank; every rank runs it equally often.
-
-        Args:
-            work: Queues something on the device.
-            beside: Begins something else before each time, and returns what waits for its end. That is not timed.
-        """
-        best = inf
-        for repeat in range(1 + _REPEATS):
-            self._wait()
-            end = None if beside is None else beside()
-            start = time.perf_counter()
-            work()
-            self._wait()
-            seconds = time.perf_counter() - start
-            if end is not None:
-                end()
-            if repeat:  # the first time may connect ranks and load kernels
-                best = min(best, seconds)
-        return best
-
-    def agree(self, seconds: Sequence[float]) -> list[float]:
-        """The slowest rank's times."""
-        if self.group is None:
-            return list(seconds)
-        times = torch.tensor(seconds, dtype=torch.float64, device=self.device)
-        dist.all_reduce(times, dist.ReduceOp.MAX, self.group)
-        slowest: list[float] = times.tolist()
-        return slowest
-
-    def _wait(self) -> None:
-        """Wait for the current stream alone: messages have one of their own, which may stay busy."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
 
 @dataclass(frozen=True)
@@ -176,7 +132,7 @@ class _Experts:
         return (self.up_width + self.inner) * self.hidden
 
 
-def _product_times(clock: _Clock, experts: _Experts) -> dict[int, float]:
+def _product_times(clock: Stopwatch, experts: _Experts) -> dict[int, float]:
     """Seconds of :meth:`_Experts.products`, by rows, as far as they take no rank too long."""
     times: list[float] = []
     for rows, fewer in zip(_ROWS, (None, *_ROWS), strict=False):
@@ -185,14 +141,14 @@ def _product_times(clock: _Clock, experts: _Experts) -> dict[int, float]:
     return {rows: seconds for rows, seconds in zip(_ROWS, clock.agree(times), strict=True) if seconds < inf}
 
 
-def _copy_rate(clock: _Clock) -> float:
+def _copy_rate(clock: Stopwatch) -> float:
     """Bytes per second that copying reads and writes."""
     nbytes = 2**26 if clock.device.type == "cuda" else 2**24
     source, target = torch.ones((2, nbytes), dtype=torch.uint8, device=clock.device).unbind()
     return 2 * nbytes / clock.agree([clock.seconds(lambda: target.copy_(source))])[0]
 
 
-def _link_rates(clock: _Clock, group: dist.ProcessGroup) -> tuple[float, float, Callable[[], Work], float]:
+def _link_rates(clock: Stopwatch, group: dist.ProcessGroup) -> tuple[float, float, Callable[[], Work], float]:
     """Bytes per second, seconds per message, and a transfer that takes long, with its seconds."""
     peers = group.size() - 1
 
@@ -230,7 +186,7 @@ def _transfer(group: dist.ProcessGroup, device: torch.device, nbytes: int, messa
 
 
 def _contention(
-    clock: _Clock,
+    clock: Stopwatch,
     experts: _Experts,
     times: Mapping[int, float],
     transfer: Callable[[], Work],

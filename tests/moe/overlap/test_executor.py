@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import torch
 
@@ -56,6 +57,31 @@ def test_few_shapes_are_met() -> None:
     for rows in (0, 1, 7, 15, 16, 17, 1000, 4095, 65537):
         rounded = _shape_of(layer, tokens, rows).rows
         assert abs(rounded - max(1, rows)) <= rows / 16, (rows, rounded)
+
+
+def test_what_was_tried_decides() -> None:
+    fast = replace(RATES, link_bytes_per_second=1e18)
+    assert ExpertOverlap(OverlapConfig(), fast).chunking(SHAPE) is None, "there is nothing to hide"
+    assert ExpertOverlap(OverlapConfig(), fast).untried(SHAPE) is None, "and nothing is to be tried"
+    trials: dict[LayerShape, tuple[float, float]] = {}
+    overlap = ExpertOverlap(OverlapConfig(), fast, trials=trials)
+    assert overlap.chunking(SHAPE) is None
+    chunks = overlap.untried(SHAPE)
+    assert chunks is not None
+    trials[SHAPE] = (1.0, 0.9)
+    assert overlap.untried(SHAPE) is None
+    assert overlap.chunking(SHAPE) == chunks
+    fewer, more = replace(SHAPE, rows=SHAPE.rows / 3), replace(SHAPE, rows=SHAPE.rows * 4)
+    trials[fewer] = (1.0, 0.99)
+    assert overlap.chunking(fewer) is None, "2 % are not worth it"
+    assert overlap.chunking(replace(SHAPE, rows=SHAPE.rows / 2)) is None, "nearest to the one with fewer rows"
+    assert overlap.chunking(more) == overlap.untried(more), "nearest to the one with more"
+    for n in range(6):
+        assert overlap.untried(replace(SHAPE, rows=10.0**n)) is not None
+        trials[replace(SHAPE, rows=10.0**n)] = (1.0, 2.0)
+    assert overlap.untried(more) is None, "eight shapes are enough"
+    forced = ExpertOverlap(SOURCE, fast, trials={SHAPE: (1.0, 2.0)})
+    assert (forced.chunking(SHAPE), forced.untried(more)) == (Chunking("source"), None)
 
 
 def test_copies_share_it_and_pickles_leave_the_queue() -> None:

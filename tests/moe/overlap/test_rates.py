@@ -68,24 +68,24 @@ def test_ranks_agree(ranks: RankPool) -> None:
 
 def slower_rank(rank: int) -> tuple[Rates, float]:
     """Rates as agreed, and this rank's own time for a product."""
-    from lightning_moe.moe.overlap import rates as module
+    from lightning_moe.moe.overlap.stopwatch import Stopwatch
 
     own = []
-    seconds = module._Clock.seconds
+    seconds = Stopwatch.seconds
 
     def delayed(*arguments: Any, **options: Any) -> float:
         own.append(seconds(*arguments, **options) + (0.25 if dist.get_rank() == rank else 0.0))
         return own[-1]
 
-    module._Clock.seconds = delayed  # type: ignore[method-assign]
+    Stopwatch.seconds = delayed  # type: ignore[method-assign]
     try:
         return measured(OverlapConfig(), dist.group.WORLD), own[0]
     finally:
-        module._Clock.seconds = seconds  # type: ignore[method-assign]
+        Stopwatch.seconds = seconds  # type: ignore[method-assign]
 
 
 def test_the_slowest_rank_counts(ranks: RankPool) -> None:
-    """One rank's clock adds a quarter of a second: both ranks leave out the products that it leaves out."""
+    """One rank's stopwatch adds a quarter of a second: both ranks leave out the products that it leaves out."""
     (first, _), (second, own) = ranks.run(2, slower_rank, 1)
     assert bits(first) == bits(second)
     assert own > 0.25
