@@ -39,7 +39,8 @@ class OverlapConfig:
 
     dispatch: Literal["auto", "blocking", "p2p"] = "auto"
     """How tokens reach their experts: one all-to-all that is waited for, messages between pairs of ranks under
-    computation, or whichever a cost model finds faster on this machine."""
+    computation, or whichever of the two is faster on this machine: both are tried in the first training step, unless
+    ``link_gigabytes_per_second`` and ``gemm_teraflops`` are given, from which a cost model then predicts it."""
     chunk: Literal["auto", "source", "expert"] = "auto"
     """What a message holds: the rows of one rank, those of some experts from all ranks, or as the cost model says."""
     expert_groups: int | None = None

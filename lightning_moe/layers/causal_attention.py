@@ -187,7 +187,8 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of ``[T, (N + 2M) * H]`` as :meth:`_heads` splits them, queries and keys normalised and rotated."""
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
-        if can_fuse(projected, rope) and all(_is_plain(norm, RMSNorm) for norm in norms):
+        alike = len({norm.eps for norm in norms}) < 2
+        if alike and can_fuse(projected, rope) and all(_is_plain(norm, RMSNorm) for norm in norms):
             gains, eps = ((norms[0].weight, norms[1].weight), norms[0].eps) if norms else (None, 0.0)
             shape = HeadShape(self.num_heads, self.num_kv_heads, self.head_size)
             return qkv_heads(projected.view(layout.batch, layout.length, -1), gains, rope, shape, eps)

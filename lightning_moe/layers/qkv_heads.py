@@ -128,7 +128,10 @@ def _again(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor |
     gains = None if q_gain is None else (q_gain, k_gain)
     inputs = [x for x in (projected, q_gain, k_gain) if x is not None and x.requires_grad]
     outputs = _plain(projected, gains, cos, sin, ctx.shape, ctx.eps)
-    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True))
+    # With a frozen projection values depend on nothing that is trained.
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    trained, incoming = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(trained, inputs, incoming, create_graph=True))
     first, second, third = (
         next(found) if x is not None and x.requires_grad else None for x in (projected, q_gain, k_gain)
     )

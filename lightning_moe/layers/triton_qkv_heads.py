@@ -41,7 +41,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token, head = rows // (N + 2 * M), (rows % (N + 2 * M)).to(tl.int32)
+    token, head = rows // (N + 2 * M), rows % (N + 2 * M)
     column = tl.arange(0, BLOCK)
     inside = (rows < num_rows)[:, None] & (column < half)[None, :]
     is_query, is_value = (head < N)[:, None], (head >= N + M)[:, None]
@@ -107,7 +107,8 @@ def _backward_kernel(
     k_first, k_second = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for tile in range(tiles):
         rows = (program.to(tl.int64) * tiles + tile) * ROWS + tl.arange(0, ROWS)
-        token, head = rows // (N + 2 * M), (rows % (N + 2 * M)).to(tl.int32)
+        # In 64 bits: with heads before tokens, a head's stride times its number may be more than 32 hold.
+        token, head = rows // (N + 2 * M), rows % (N + 2 * M)
         batch, position = token // length, token % length
         inside = (rows < num_rows)[:, None] & (column < half)[None, :]
         is_query, is_value = (head < N)[:, None], (head >= N + M)[:, None]

@@ -32,7 +32,7 @@ def _kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     batch, position = token // length, token % length
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)  # times a stride, it may need them
     column = tl.arange(0, BLOCK)
     inside = column < half
     table = batch * table_batch + position * table_token + column

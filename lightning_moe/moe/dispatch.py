@@ -95,10 +95,10 @@ def plan_dispatch(
     padded: bool = False,
     matched: tuple[Tensor, Tensor] | None = None,
 ) -> DispatchPlan:
-    """Work out a plan; pure, without communication and without waiting for the device.
+    """Work out a plan; pure, and without communication.
 
     A rank that holds all experts looks at no number where ``matched`` is given: a host that waited for the choices of
-    every layer could not run ahead of its device.
+    every layer could not run ahead of its device. Without ``matched`` it looks at the counts.
 
     Args:
         slots: Slot of each choice, int64 ``[T, K]``.

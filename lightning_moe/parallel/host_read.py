@@ -37,19 +37,23 @@ class HostRead:
 
 
 class NumbersOnDevice(Sequence[int]):
-    """Integers of a tensor, on their way to the host, which waits for them when it first looks.
+    """Integers of a tensor as they are now, on their way to the host, which waits for them when it first looks.
 
     Args:
-        tensor: int64, one dimension; it must not be written any more.
+        tensor: int64, one dimension.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self._count = tensor.shape[0]
-        self._read = HostRead(tensor)
+        self._read: HostRead | None = HostRead(tensor)
+        if not tensor.is_cuda:  # somebody may write the tensor, and nothing is gained by reading it later
+            _ = self._numbers
 
     @cached_property
     def _numbers(self) -> list[int]:
-        numbers: list[int] = self._read.wait()
+        read, self._read = self._read, None
+        assert read is not None
+        numbers: list[int] = read.wait()
         return numbers
 
     def __len__(self) -> int:

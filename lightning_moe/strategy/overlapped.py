@@ -3,7 +3,7 @@
 [Note: why overlap has to be asked for]
 Without an :class:`~lightning_moe.config.OverlapConfig` layers exchange tokens by all-to-alls that are waited for.
 Chunks multiply in smaller pieces and scale rows before the second projection instead of after it, so results differ in
-the last bits from those of an all-to-all. What ``auto`` chooses rests on rates that are measured anew in each run, so
+the last bits from those of an all-to-all. What ``auto`` chooses rests on times that are measured anew in each run, so
 they would differ from run to run, too, and a resumed run would not repeat the bits of one that has not stopped. What is
 promised bit for bit (any pipeline schedule, exact resumption) must not depend on a stopwatch unless it is asked to.
 
@@ -71,7 +71,8 @@ class LayerOverlap:
         """Prepare all expert and attention layers; a collective call of the ranks that share experts.
 
         Where something depends on rates that are not given, they are measured, once for each kind of layer, and kept
-        for later calls on the same mesh: a model is evaluated by the chunks that it was trained by.
+        for later calls on the same mesh, as is what was tried in training: a model is evaluated by the chunks that it
+        was trained by.
 
         Args:
             module: The module, built and on its device.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import product
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_moe.layers import qkv_heads as module
 from lightning_moe.layers import rope_frequencies, rope_tables_at
 from lightning_moe.layers.qkv_heads import HeadShape, qkv_heads
 
@@ -84,3 +88,79 @@ def check(given: dict[str, Any], tolerance: float) -> None:
 def test_equals_the_definition(case: str, norm: bool, shared: bool) -> None:
     check(inputs(case, torch.float64, "cpu", norm=norm, shared=shared), 1e-14)
     check(inputs(case, torch.float32, "cpu", norm=norm, shared=shared), 1e-6)
+
+
+class PlainKernels(ModuleType):
+    """Stands in for the kernels: the same arguments and results, by plain operations in float64."""
+
+    def forward(
+        self,
+        projected: Tensor,
+        gains: tuple[Tensor, Tensor] | None,
+        cos: Tensor,
+        sin: Tensor,
+        heads: tuple[int, int],
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        assert projected.is_contiguous()
+        assert not torch.is_grad_enabled()
+        shape = HeadShape(*heads, projected.shape[-1] // (heads[0] + 2 * heads[1]))
+        rope = tuple(torch.cat((table, table), dim=-1) for table in (cos, sin))
+        assert eps == EPS
+        return definition({"projected": projected, "gains": gains, "rope": rope, "shape": shape})
+
+    def backward(
+        self,
+        grads: tuple[Tensor, ...],
+        projected: Tensor | None,
+        gains: tuple[Tensor, Tensor] | None,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert (projected is None) == (gains is None), "a rotation needs no input"
+        assert all(grad.stride(-1) == 1 for grad in grads)
+        batch, length, num_heads, head_size = grads[0].shape
+        heads = num_heads, grads[1].shape[2]
+        if projected is None:
+            projected = grads[0].new_zeros((batch, length, (heads[0] + 2 * heads[1]) * head_size))
+        leaves = [each.detach().requires_grad_() for each in (projected, *(gains or ()))]
+        with torch.enable_grad():
+            shape = HeadShape(*heads, head_size)
+            rope = tuple(torch.cat((table, table), dim=-1) for table in (cos, sin))
+            given = {"projected": leaves[0], "gains": tuple(leaves[1:]) or None, "rope": rope, "shape": shape}
+            first, *others = torch.autograd.grad(definition(given), leaves, grads)
+        return first, torch.stack(others) if others else None
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let everything around the kernels be tested without a GPU."""
+    monkeypatch.setitem(sys.modules, "lightning_moe.layers.triton_qkv_heads", PlainKernels("triton_qkv_heads"))
+    monkeypatch.setattr(module, "can_fuse", lambda projected, rope: True)
+
+
+@pytest.mark.usefixtures("plain_kernels")
+@pytest.mark.parametrize("trained", list(product([False, True], repeat=3)))
+@pytest.mark.parametrize("norm", [False, True])
+def test_first_and_second_derivatives_of_what_is_trained(norm: bool, trained: tuple[bool, ...]) -> None:
+    """Projection, gain of queries, gain of keys: any of them may be frozen."""
+    given = inputs("grouped", torch.float64, "cpu", norm=norm, shared=True)
+    for leaf, requires_grad in zip(leaves(given), trained, strict=False):
+        leaf.requires_grad_(requires_grad)
+    wanted = [leaf for leaf in leaves(given) if leaf.requires_grad]
+    outputs = qkv_heads(given["projected"], given["gains"], given["rope"], given["shape"], EPS)
+    if not wanted:
+        assert not any(output.requires_grad for output in outputs)
+        return
+    found = []
+    for values in (outputs, definition(given)):
+        pairs = [(value, grad) for value, grad in zip(values, given["grads"], strict=True) if value.requires_grad]
+        through = [grad.clone().requires_grad_() for _, grad in pairs]
+        first = torch.autograd.grad([value for value, _ in pairs], wanted, through, retain_graph=True)
+        again = torch.autograd.grad([value for value, _ in pairs], wanted, through, create_graph=True)
+        total = sum(grad.square().sum() for grad in again)
+        second = torch.autograd.grad(total, [*through, *(wanted if norm else ())], allow_unused=True)
+        found.append([*first, *again, *(grad for grad in second if grad is not None)])
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)

@@ -117,9 +117,11 @@ class ExpertOverlap:
 
     def _nearest_trial(self, shape: LayerShape) -> tuple[float, float] | None:
         """What was found for the shape, or for that with the most similar number of rows."""
-        if not self.trials or self.config.dispatch != "auto":
+        trials = self.trials or {}
+        alike = [tried for tried in trials if tried.itemsize == shape.itemsize]
+        if not alike or self.config.dispatch != "auto":
             return None
-        return self.trials[min(self.trials, key=lambda tried: abs(log(tried.rows / shape.rows)))]
+        return trials[min(alike, key=lambda tried: abs(log(tried.rows / shape.rows)))]
 
     def _cut(self, shape: LayerShape, *, asked: bool) -> Chunking | None:
         """The cost model's chunks; also where it prefers an all-to-all, if they are asked for."""
@@ -195,8 +197,9 @@ class OverlappedRows:
         layer, overlap, rank = self._layer, self._overlap, self._layer.mesh.rank(Axis.EXPERT_MODEL)
         shape = _shape_of(layer, self._tokens, sum(map(sum, counts.numbers)) / len(counts.numbers))
         untried = overlap.untried(shape)
-        # All ranks record gradients, or none does: the headers say so.
-        if untried is not None and torch.is_grad_enabled() and self._requires_grad:
+        # Every call that records gradients, so that what is run again in backward goes the same way. All ranks record
+        # them, or none does: the headers say so.
+        if untried is not None and torch.is_grad_enabled() and self._is_trained:
             assert overlap.trials is not None
             overlap.trials[shape] = self._try(counts, untried, dtype)
         chunking = overlap.chunking(shape)
@@ -215,17 +218,17 @@ class OverlappedRows:
             return collect(rows, call, dtype)
 
     @property
-    def _requires_grad(self) -> bool:
-        return self._tokens.requires_grad or self._weights.requires_grad
+    def _is_trained(self) -> bool:
+        return any(each.requires_grad for each in (self._tokens, self._weights, *self._layer.experts.projections))
 
     def _try(self, counts: RowCounts, chunking: Chunking, dtype: torch.dtype) -> tuple[float, float]:
         """Seconds of an all-to-all and of overlap on the rows of this call; a collective call."""
         layer, rank = self._layer, self._layer.mesh.rank(Axis.EXPERT_MODEL)
         group, experts = layer.expert_group, layer.experts
-        plan = self._sending.plan(counts, rank)
         routes = self._routes or self._sending.routes(sum(counts.numbers[rank]))
 
         def blocking(tokens: Tensor, weights: Tensor, up: nn.Parameter, down: nn.Parameter) -> Tensor:
+            plan = self._sending.plan(counts, rank)
             rows = dispatch(tokens, plan, group)
             rows = experts.forward_with(up, down, rows, plan.expert_counts, plan.expert_offsets)
             return combine(rows, weights, plan, group, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 
 import torch
@@ -27,8 +28,8 @@ _TURNS = 4
 _MESSAGES = 32
 """Messages to each peer that are timed against one, for the latency."""
 _MESSAGE_BYTES = 256
-_SOME_BYTES, _MANY_BYTES = 2**20, 2**26
-"""What a rank sends in all, for the bandwidth."""
+_BYTES = (2**20, 2**23, 2**26)
+"""What a rank sends in all, for the bandwidth: as much as does not take too long."""
 _LONGEST = 0.02
 """Seconds; what should take longer is not timed."""
 _MOST_CONTENTION = 0.9
@@ -158,11 +159,14 @@ def _link_rates(clock: Stopwatch, group: dist.ProcessGroup) -> tuple[float, floa
 
     _, one = timed(_MESSAGE_BYTES)
     _, many = timed(_MESSAGE_BYTES, _MESSAGES)
-    nbytes = _SOME_BYTES // peers
+    nbytes = _BYTES[0] // peers
     transfer, seconds = timed(nbytes)
-    if seconds * _MANY_BYTES / _SOME_BYTES <= _LONGEST:
-        nbytes = _MANY_BYTES // peers
-        transfer, seconds = timed(nbytes)
+    for less, more in pairwise(_BYTES):
+        if one + max(0.0, seconds - one) * more / less <= _LONGEST:
+            nbytes = more // peers
+            transfer, seconds = timed(nbytes)
+        else:
+            break
     # Messages take time besides; where they seem to have taken most of it, the clock was disturbed.
     bandwidth = nbytes * peers / max(seconds - one, seconds / 2)
     return bandwidth, max(0.0, many - one) / ((_MESSAGES - 1) * peers), transfer, seconds

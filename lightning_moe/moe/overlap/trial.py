@@ -8,11 +8,13 @@ run in each way, forward and backward, with its own rows and weights; what that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_moe.moe.overlap.stopwatch import Stopwatch, Work
 from lightning_moe.weight_grad.sink import WeightGrad, attach_sink, sink_of
@@ -43,11 +45,15 @@ def seconds_of(
         group: The expert group.
         deferred: Whether weight gradients are left for later, and do not count.
     """
-    copies = [_copy_of(weight, deferred=deferred) for weight in projections]
+    copies = [nn.Parameter(weight.detach(), weight.requires_grad) for weight in projections]
     inputs = [each.detach().requires_grad_(each.requires_grad) for each in (tokens, weights)]
     wanted = [each for each in (*inputs, *copies) if each.requires_grad]
 
     def both_passes(way: Way) -> Work:
+        for weight, copy in zip(projections, copies, strict=True):
+            if deferred or sink_of(weight) is not None:
+                attach_sink(copy, _Scratch(copy, defers=deferred))
+
         def run() -> None:
             out = way(inputs[0], inputs[1], copies[0], copies[1])
             # Any gradient will do; a sink takes those of its weight.
@@ -56,38 +62,31 @@ def seconds_of(
         return run
 
     stopwatch = Stopwatch(tokens.device, group)
-    # Checkpointing around the call counts what is saved, and must not see this.
-    with torch.enable_grad(), torch.autocast(tokens.device.type, enabled=False), saved_tensors_hooks(_same, _same):
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(tokens.device.type, enabled=False))
+        # Checkpointing around the call counts what is saved, or keeps results by their order, and must not see this.
+        stack.enter_context(saved_tensors_hooks(_same, _same))
+        stack.enter_context(_disable_current_modes())
         return stopwatch.agree([stopwatch.seconds(both_passes(way)) for way in ways])
 
 
 class _Scratch:
     """Stands in for a weight's sink: adds gradients up where nobody looks."""
 
-    def __init__(self, total: Tensor | None) -> None:
-        self._total = total
-
-    @property
-    def defers(self) -> bool:
-        """Whether gradients are left for later."""
-        return self._total is None
+    def __init__(self, weight: nn.Parameter, *, defers: bool) -> None:
+        self._shape, self._device = weight.shape, weight.device
+        self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._total: Tensor | None = None
+        self.defers = defers
 
     def take(self, grad: WeightGrad, *, deferrable: bool = True) -> bool:
         """Add a gradient, or forget what would be left for later."""
-        if self._total is not None:
+        if not self.defers:
+            if self._total is None:
+                self._total = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
             grad.add_to(self._total, accumulate=True)
         return True
-
-
-def _copy_of(weight: nn.Parameter, *, deferred: bool) -> nn.Parameter:
-    """The same values as another parameter, whose gradients go nowhere."""
-    copy = nn.Parameter(weight.detach(), weight.requires_grad)
-    if deferred:
-        attach_sink(copy, _Scratch(None))
-    elif sink_of(weight) is not None:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        attach_sink(copy, _Scratch(torch.zeros(weight.shape, dtype=wide, device=weight.device)))
-    return copy
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_moe.config import MoEConfig, OverlapConfig, ParallelConfig
 from lightning_moe.moe import MoELayer
@@ -19,6 +20,7 @@ from lightning_moe.moe.overlap import executor
 from lightning_moe.moe.overlap.cost import LayerShape, Rates
 from lightning_moe.moe.overlap.executor import ExpertOverlap
 from lightning_moe.moe.overlap.trial import seconds_of
+from lightning_moe.moe.participation import number_layers
 from lightning_moe.moe.routing_tape import checkpoint_with_routing
 from lightning_moe.parallel.mesh import ParallelMesh
 from lightning_moe.weight_grad import WeightGradQueue
@@ -58,6 +60,11 @@ def two_steps(overlap: ExpertOverlap | None, mesh: ParallelMesh, sinks: str, how
     def call(hidden: Tensor) -> Tensor:
         if how == "checkpoint":
             out: Tensor = checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=False)
+        elif how == "selective":  # results of these operations are kept by their order
+            kept = partial(
+                create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.bmm.default]
+            )
+            out = checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=False, context_fn=kept)
         elif how == "checkpoint_with_routing":
             out = checkpoint_with_routing(lambda x, saved: layer(x, saved=saved)[0], hidden)
         else:
@@ -108,7 +115,7 @@ def outcomes(sinks: str, how: str) -> dict[str, Outcome]:
     return found
 
 
-@pytest.mark.parametrize("how", ["plain", "checkpoint", "checkpoint_with_routing"])
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "selective", "checkpoint_with_routing"])
 @pytest.mark.parametrize("sinks", ["autograd", "sink", "queue"])
 def test_the_winner_is_used_and_nothing_else_changes(ranks: RankPool, sinks: str, how: str) -> None:
     """Outputs, gradients, sums in sinks and random generators, bit for bit those of the way that has won."""
@@ -127,6 +134,49 @@ def test_the_winner_is_used_and_nothing_else_changes(ranks: RankPool, sinks: str
             assert outcome.calls == 2, "one for each number of rows"
             assert outcome.trials is not None
             assert len(outcome.trials) == 2
+
+
+def experts_alone(winner: str, save: Any, how: str) -> tuple[int, list[Tensor]]:
+    """Two layers of one kind, of which only the experts are trained: the first gets tokens without gradients."""
+    torch.manual_seed(0)
+    mesh, config = ParallelMesh.build(ParallelConfig(expert=2)), MoEConfig(num_experts=4, expert_hidden_size=8)
+    layers = nn.ModuleList(MoELayer(WIDTH, config, mesh) for _ in range(2))
+    number_layers(list(layers))  # type: ignore[arg-type]
+    overlap = ExpertOverlap(OverlapConfig(save=save), RATES, trials={})
+    for layer in layers:
+        layer.overlap = overlap  # type: ignore[assignment]
+        layer.router.requires_grad_(False)  # type: ignore[union-attr,operator]
+    hidden = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
+    times = [1.0, 2.0] if winner == "blocking" else [2.0, 1.0]
+    tried = mock.Mock(side_effect=lambda *args, **options: (seconds_of(*args, **options), times)[1])
+
+    def both(x: Tensor, saved: Any = None) -> Tensor:
+        for layer in layers:
+            x = x + layer(x, saved=saved)[0]
+        return x
+
+    with mock.patch.object(executor, "seconds_of", tried):
+        for _ in range(2):
+            if how == "plain":
+                out = both(hidden)
+            elif how == "checkpoint":
+                out = checkpoint(both, hidden, use_reentrant=False)
+            else:
+                out = checkpoint_with_routing(both, hidden)
+            out.square().sum().backward()
+    return tried.call_count, [out, *(weight.grad for weight in layers.parameters() if weight.grad is not None)]
+
+
+@pytest.mark.parametrize("save", ["fc1", "recompute", "redispatch"])
+@pytest.mark.parametrize("winner", ["blocking", "p2p"])
+def test_what_is_run_again_goes_the_same_way(ranks: RankPool, winner: str, save: str) -> None:
+    """The first call that records gradients is tried, also where its tokens need none."""
+    expected = ranks.run(2, experts_alone, winner, save, "plain")
+    for how in ("checkpoint", "checkpoint_with_routing"):
+        for (calls, tensors), (_, wanted) in zip(ranks.run(2, experts_alone, winner, save, how), expected, strict=True):
+            assert calls == 1
+            assert len(tensors) == 5
+            assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
 
 
 def agreed() -> tuple[list[float], list[list[str]]]:
