@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_moe.config.moe import MoEConfig
 from lightning_moe.config.parallel import ParallelConfig
-from lightning_moe.moe import MoELayer, RoutingTape, checkpoint_with_routing, losses, participation
+from lightning_moe.moe import MoELayer, RoutingTape, checkpoint_with_routing, losses, participation, rows_to_send
 from lightning_moe.moe import dispatch as dispatch_module
 from lightning_moe.moe.router import TopKRouter
 from lightning_moe.parallel.mesh import ParallelMesh
@@ -79,7 +79,7 @@ def compare(parallel: ParallelConfig) -> dict[str, Any]:
         for name, module, function in (
             ("header", participation, "all_gather"),
             ("reduction", losses, "_all_reduced"),
-            ("plan", dispatch_module, "order_of_choices"),
+            ("plan", rows_to_send, "plan_dispatch"),
             ("exchange", dispatch_module, "all_to_all"),
         ):
             original = getattr(module, function)
