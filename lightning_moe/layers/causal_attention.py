@@ -190,15 +190,17 @@ class CausalSelfAttention(nn.Module):
         alike = len({norm.eps for norm in norms}) < 2
         if alike and can_fuse(projected, rope) and all(_is_plain(norm, RMSNorm) for norm in norms):
             gains, eps = ((norms[0].weight, norms[1].weight), norms[0].eps) if norms else (None, 0.0)
-            shape = HeadShape(self.num_heads, self.num_kv_heads, self.head_size)
-            return qkv_heads(projected.view(layout.batch, layout.length, -1), gains, rope, shape, eps)
+            return qkv_heads(projected.view(layout.batch, layout.length, -1), gains, rope, self._head_shape, eps)
         query, key, value = self._heads(projected, layout)
         return self._placed(query, self.q_norm, rope), self._placed(key, self.k_norm, rope), value
 
+    @property
+    def _head_shape(self) -> HeadShape:
+        return HeadShape(self.num_heads, self.num_kv_heads, self.head_size)
+
     def _heads(self, projected: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Split ``[T, (N + 2M) * H]`` into heads ``[B, Q, N, H]``, ``[B, Q, M, H]`` and ``[B, Q, M, H]``."""
-        widths = [heads * self.head_size for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        query, key, value = projected.split(widths, dim=-1)
+        query, key, value = projected.split(self._head_shape.widths, dim=-1)
         if self.qk_norm == "projection":
             assert self.q_norm is not None
             assert self.k_norm is not None
