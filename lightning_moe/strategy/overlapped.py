@@ -117,8 +117,8 @@ class LayerOverlap:
                 "leave it out to ask the cost model",
             )
         rates = self._rates_for(config, layer, products, queue is not None)
-        measured = _given_rates(config) is None
-        return ExpertOverlap(config, rates, queue, trials=self._trials.setdefault(products, {}) if measured else None)
+        trials = self._trials.setdefault(products, {}) if _given_rates(config) is None else None
+        return ExpertOverlap(config, rates, queue, trials=trials, report=rank_zero_info)
 
     def _rates_for(self, config: OverlapConfig, layer: MoELayer, products: _Products, has_queue: bool) -> Rates | None:
         """Rates of a layer's exchange and products; None where nothing depends on them."""

@@ -49,6 +49,7 @@ class ExpertOverlap:
             all rows of an expert follow each other.
         trials: For shapes of calls, the seconds that an all-to-all and overlap took. With ``auto`` calls of other
             shapes are tried in training, and added; None lets the cost model alone decide.
+        report: Is told what each trial has found.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class ExpertOverlap:
         link: SimulatedLink | None = None,
         large_product: float = _LARGE,
         trials: dict[LayerShape, tuple[float, float]] | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.rates, self.queue, self.link = config, rates, queue, link
         self.trials = trials
+        self._report = report
         self._large_product = large_product
         self._chosen: dict[tuple[LayerShape, bool], Chunking | None] = {}
         self._predicted: dict[tuple[LayerShape, Chunking, bool, bool], Prediction] = {}
@@ -70,8 +73,8 @@ class ExpertOverlap:
         return self  # copies of a layer, as averaging callbacks make them, exchange rows in the same way
 
     def __getstate__(self) -> dict[str, object]:
-        # The queue belongs to a strategy's gradients, which stay here.
-        return vars(self) | {"queue": None}
+        # The queue belongs to a strategy's gradients, which stay here; so does its log.
+        return vars(self) | {"queue": None, "_report": None}
 
     def begin(self, layer: MoELayer, tokens: Tensor, weights: Tensor, sending: RowsToSend) -> OverlappedRows:
         """Begin a call, before the other ranks have said what they send.
@@ -114,6 +117,17 @@ class ExpertOverlap:
         if shape in self.trials or len(self.trials) == _MOST_TRIALS:
             return None
         return self._cut(shape, asked=True)
+
+    def add_trial(self, shape: LayerShape, seconds: tuple[float, float]) -> None:
+        """Keep what an all-to-all and overlap took on a call of this shape."""
+        assert self.trials is not None
+        self.trials[shape] = seconds
+        if self._report is not None:
+            blocking, overlapped = (f"{1e3 * each:.3g} ms" for each in seconds)
+            chosen = "an all-to-all" if self.chunking(shape) is None else "overlap"
+            self._report(
+                f"overlap: {shape.rows} rows take {blocking} by an all-to-all, {overlapped} with overlap: {chosen}"
+            )
 
     def _nearest_trial(self, shape: LayerShape) -> tuple[float, float] | None:
         """What was found for the shape, or for that with the most similar number of rows."""
@@ -200,8 +214,7 @@ class OverlappedRows:
         # Every call that records gradients, so that what is run again in backward goes the same way. All ranks record
         # them, or none does: the headers say so.
         if untried is not None and torch.is_grad_enabled() and self._is_trained:
-            assert overlap.trials is not None
-            overlap.trials[shape] = self._try(counts, untried, dtype)
+            overlap.add_trial(shape, self._try(counts, untried, dtype))
         chunking = overlap.chunking(shape)
         if chunking is None:
             self._payload = None

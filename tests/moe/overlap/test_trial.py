@@ -179,6 +179,38 @@ def test_what_is_run_again_goes_the_same_way(ranks: RankPool, winner: str, save:
             assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
 
 
+def ragged(winner: str) -> list[Tensor]:
+    """A step of ranks with 5, no and 11 tokens."""
+    torch.manual_seed(0)
+    layer = MoELayer(
+        WIDTH, MoEConfig(num_experts=6, expert_hidden_size=8), ParallelMesh.build(ParallelConfig(expert=3))
+    )
+    overlap = None
+    times = [1.0, 2.0] if winner == "blocking" else [2.0, 1.0]
+    if winner != "neither":
+        overlap = ExpertOverlap(OverlapConfig(), RATES, trials={})
+    layer.overlap = overlap
+    hidden = torch.randn((5, 0, 11)[dist.get_rank()], WIDTH, requires_grad=True)
+    with mock.patch.object(executor, "seconds_of", lambda *args, **options: (seconds_of(*args, **options), times)[1]):
+        out = layer(hidden)[0]
+    out.square().sum().backward()
+    assert overlap is None or len(overlap.trials or ()) == 1
+    assert hidden.grad is not None
+    return [
+        out.detach(),
+        hidden.grad,
+        *(weight.grad for weight in layer.experts.parameters() if weight.grad is not None),
+    ]
+
+
+def test_ranks_with_few_and_with_no_tokens_try_together(ranks: RankPool) -> None:
+    expected = ranks.run(3, ragged, "neither")
+    for rank, tensors in enumerate(ranks.run(3, ragged, "blocking")):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, expected[rank], strict=True))
+    for rank, tensors in enumerate(ranks.run(3, ragged, "p2p")):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected[rank], strict=True))
+
+
 def agreed() -> tuple[list[float], list[list[str]]]:
     """Times of two ways, the first of which is slow on rank 1; and what gradients each pass was asked for."""
     asked: list[list[str]] = []
