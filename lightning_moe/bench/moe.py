@@ -32,7 +32,6 @@ from lightning_moe.bench.moe_limits import hidden_fractions, limit_milliseconds,
 from lightning_moe.bench.moe_report import environment, print_fluid, print_run
 from lightning_moe.bench.moe_timeline import draw_timeline
 from lightning_moe.bench.ranks import join_ranks, start_ranks
-from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.config.parallel import ParallelConfig
 from lightning_moe.config.typecheck import closest
 from lightning_moe.errors import ConfigError
@@ -64,6 +63,7 @@ def measure(size: LayerSize, options: argparse.Namespace, mesh: ParallelMesh, de
                 continue
             cut = contest.chunking(row["name"])
             waits = row["name"] == "waiting"
+            row["sm_margin"] = contest.sm_margin(row["name"])
             row["chunking"] = None if cut is None else cut._asdict()
             row["predicted_milliseconds"] = predicted_milliseconds(
                 contest.shape, rates, cut, options.save, wait_at_once=waits
@@ -124,8 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sm-margin",
         type=int,
-        default=OverlapConfig.sm_margin,
-        help="multiprocessors that products leave to messages, on CUDA",
+        help="multiprocessors that products leave to messages, on CUDA; as the strategy does if left out",
     )
     parser.add_argument(
         "--attention-chunks", type=int, default=2, help="parts that heads are exchanged in, with --fluid"

@@ -119,7 +119,12 @@ class Contest:
     def chunking(self, name: str) -> Chunking | None:
         """How a contestant of ours cuts its rows; None for an all-to-all."""
         overlap = self.overlaps.get(name)
-        return None if overlap is None else overlap.chunking(self.shape)
+        return None if overlap is None else overlap.choice.chunking(self.shape)
+
+    def sm_margin(self, name: str) -> int | None:
+        """Multiprocessors that a contestant's products leave to messages; None for an all-to-all."""
+        overlap = self.overlaps.get(name)
+        return None if overlap is None or self.chunking(name) is None else overlap.choice.sm_margin(self.ranks)
 
     def contestants(self) -> list[Contestant]:
         """Those of the command line."""

@@ -32,6 +32,7 @@ from lightning_moe.moe.overlap.executor import ExpertOverlap
 from lightning_moe.moe.overlap.rates import measure_rates
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sm_margin import sm_margin_for
 from lightning_moe.weight_grad.queue import WeightGradQueue
 
 
@@ -202,9 +203,11 @@ class _Blocks:
         """The blocks, exchanging tokens in one way."""
 
         def forward(hidden: Tensor) -> Tensor:
+            given = self._options.sm_margin
+            margin = sm_margin_for(2) if given is None else given
             for block in self._each():
                 block.attention.exchange_chunks, block.attention.wait_at_once = way.chunks, way.waits
-                block.attention.sm_margin = self._options.sm_margin
+                block.attention.sm_margin = margin
                 assert isinstance(block.ffn, MoELayer)
                 block.ffn.overlap = way.experts
             for block in self._each():

@@ -51,8 +51,9 @@ class OverlapConfig:
     attention_chunks: int | None = None
     """Number of parts that attention's heads are exchanged in over the axis ``context``; 1 does not overlap, null takes
     2 with ``dispatch: p2p``, and with ``auto`` where the link of the expert layers is slower than 100 GB/s; else 1."""
-    sm_margin: int = 4
-    """Multiprocessors of a GPU that products of rows and heads leave to the messages that they hide; 0 leaves none."""
+    sm_margin: int | None = None
+    """Multiprocessors of a GPU that products of rows and heads leave to the messages that they hide; 0 leaves none.
+    Null leaves 4, and in expert layers whose link carries 100 GB/s or more 4 for each other rank, but at most 16."""
     link_gigabytes_per_second: float | None = None
     """What a rank can send to others, for the cost model; null measures it when training starts."""
     gemm_teraflops: float | None = None

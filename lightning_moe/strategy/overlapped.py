@@ -31,11 +31,9 @@ from lightning_moe.moe.overlap.cost import LayerShape, Rates, typical_gemm
 from lightning_moe.moe.overlap.executor import ExpertOverlap
 from lightning_moe.moe.overlap.rates import measure_rates
 from lightning_moe.parallel.mesh import ParallelMesh
+from lightning_moe.parallel.sm_margin import FAST_LINK, sm_margin_for
 from lightning_moe.weight_grad import compute_dtype
 from lightning_moe.weight_grad.queue import WeightGradQueue
-
-_FAST_LINK = 100e9
-"""Bytes per second: NVLink is several times faster, host memory and networks are slower."""
 
 
 class _Products(NamedTuple):
@@ -103,7 +101,7 @@ class LayerOverlap:
             if isinstance(layer, CausalSelfAttention):
                 layer.exchange_chunks = _exchange_chunks(self._config, rates)
                 layer.wait_at_once = self._config is not None and self._config.wait_at_once
-                layer.sm_margin = 0 if self._config is None else self._config.sm_margin
+                layer.sm_margin = _attention_margin(self._config)
         return queue is not None and bool(overlaps)
 
     def _make(
@@ -152,8 +150,15 @@ def _exchange_chunks(config: OverlapConfig | None, rates: Sequence[Rates]) -> in
     if config.attention_chunks is not None:
         return config.attention_chunks
     if config.dispatch == "auto":  # on a fast link the chunks' own work is more than what they hide
-        return 2 if any(rate.link_bytes_per_second < _FAST_LINK for rate in rates) else 1
+        return 2 if any(rate.link_bytes_per_second < FAST_LINK for rate in rates) else 1
     return 1 if config.dispatch == "blocking" else 2
+
+
+def _attention_margin(config: OverlapConfig | None) -> int:
+    if config is None:
+        return 0
+    # Its heads go in parts over slow links alone, unless a user says otherwise.
+    return sm_margin_for(2) if config.sm_margin is None else config.sm_margin
 
 
 def _given_rates(config: OverlapConfig) -> Rates | None:

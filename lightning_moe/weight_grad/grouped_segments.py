@@ -35,6 +35,7 @@ class SegmentedMatmulGrad(WeightGrad):
         bounds: The same on the device of the rows, int32 ``[E, S, 2]`` (see :func:`bounds_of`).
         first_expert: First expert of the range.
         num_experts: Number of experts of the weight, in the range or not.
+        num_runs: Runs that an expert of the weight has at most, in the range or not.
     """
 
     grad_output: Tensor
@@ -43,6 +44,7 @@ class SegmentedMatmulGrad(WeightGrad):
     bounds: Tensor
     first_expert: int
     num_experts: int
+    num_runs: int
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -77,10 +79,13 @@ class SegmentedMatmulGrad(WeightGrad):
             main_grad[stop:].zero_()
         own = main_grad[self.first_expert : stop]
         # Asked of the whole weight: a part must not be computed by another kernel than all parts at once.
-        if is_worth_one_launch(self.rows, main_grad, self.rows.shape[0]):
+        if is_worth_one_launch(self.rows, main_grad, self.rows.shape[0], self.num_runs):
             from lightning_moe.weight_grad import triton_grouped
 
-            triton_grouped.add_segments(self.grad_output, self.rows, self.bounds, own, accumulate=accumulate)
+            segment = self.rows.shape[0] / (self.num_experts * self.num_runs)
+            triton_grouped.add_segments(
+                self.grad_output, self.rows, self.bounds, own, segment=segment, accumulate=accumulate
+            )
             return
         for target, runs in zip(own, self.segments, strict=True):
             pieces = [MatmulGrad(self.grad_output[a:b], self.rows[a:b]) for a, b in runs if b > a]

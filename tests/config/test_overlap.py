@@ -33,7 +33,7 @@ def test_by_default_the_machine_decides() -> None:
         "expert_groups": None,
         "save": "fc1",
         "attention_chunks": None,
-        "sm_margin": 4,
+        "sm_margin": None,
         "link_gigabytes_per_second": None,
         "gemm_teraflops": None,
         "wait_at_once": False,

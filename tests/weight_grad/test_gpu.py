@@ -26,6 +26,18 @@ RUNS: list[Segments] = [
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["loads", "descriptors"], autouse=True)
+def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of our kernel to read its operands, however long the runs of rows are."""
+    from lightning_moe.weight_grad import triton_grouped  # there is no Triton where there is no GPU
+
+    wanted: bool = request.param
+    if wanted and not triton_grouped.has_descriptors(torch.device("cuda")):
+        pytest.skip("the GPU has no tensor descriptors")
+    monkeypatch.setattr(triton_grouped, "_LONG", 0 if wanted else 2**40)
+    return wanted
+
+
 def random_rows(num_rows: int, widths: tuple[int, int], gap: int, dtype: torch.dtype) -> list[Tensor]:
     """Two matrices with gaps between their rows, which hold no numbers."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -53,7 +65,7 @@ def segmented(runs: Segments, widths: tuple[int, int], dtype: torch.dtype, gap: 
         outside[start:end] = False
     for matrix, value in zip(matrices, (torch.nan, torch.inf), strict=True):
         matrix[outside] = value
-    return SegmentedMatmulGrad(*matrices, runs, bounds_of(runs, torch.device("cuda")), 1, len(runs) + 2)
+    return SegmentedMatmulGrad(*matrices, runs, bounds_of(runs, torch.device("cuda")), 1, len(runs) + 2, 3)
 
 
 def exact(grad: GroupedMatmulGrad) -> Tensor:
@@ -95,7 +107,8 @@ def test_experts_with_much_work_have_a_launch_each(monkeypatch: pytest.MonkeyPat
     assert grad._launches_once(out)
     assert not grad._launches_once(out.double())
     grad = replace(grad, grad_output=grad.grad_output[:128], rows=grad.rows[:128])
-    monkeypatch.setattr(grouped_module, "_WORTH_A_LAUNCH", 64 * 256 * 256)
+    for name in ("_WORTH_A_LAUNCH", "_WORTH_A_LAUNCH_ON_HOPPER"):
+        monkeypatch.setattr(grouped_module, name, 64 * 256 * 256)
     assert not grad._launches_once(out)
     grad.add_to(out, accumulate=False)
     torch.testing.assert_close(out.double(), exact(grad), rtol=1e-5, atol=1e-4)
@@ -117,10 +130,11 @@ def test_experts_with_several_runs_of_rows(
     """Written, added and returned; by one kernel, or by one product for each run."""
     if not once:
         monkeypatch.setattr(grouped_module, "_WORTH_A_LAUNCH", 0)
+        monkeypatch.setattr(grouped_module, "_WORTH_A_LAUNCH_ON_HOPPER", 0)
     grad = segmented(runs, widths, dtype, gap)
     expected = exact_of_segments(grad)
     written = torch.full_like(expected, torch.nan, dtype=torch.float32)
-    assert is_worth_one_launch(grad.rows, written, grad.rows.shape[0]) == once
+    assert is_worth_one_launch(grad.rows, written, grad.rows.shape[0], grad.num_runs) == once
     grad.add_to(written, accumulate=False)
     torch.testing.assert_close(written.double(), expected, rtol=1e-5, atol=1e-4)
     before = torch.randn_like(written)
@@ -168,7 +182,7 @@ def test_gaps_and_runs_do_not_change_the_bits() -> None:
     ends = [700, 700, 1213, 1303]
     runs = tuple(((end - count, end),) for end, count in zip(ends, plain.counts, strict=True))
     bounds = bounds_of(runs, torch.device("cuda"))
-    SegmentedMatmulGrad(plain.grad_output, plain.rows, runs, bounds, 0, 4).add_to(out[2], accumulate=False)
+    SegmentedMatmulGrad(plain.grad_output, plain.rows, runs, bounds, 0, 4, 1).add_to(out[2], accumulate=False)
     assert torch.equal(out[0], out[1])
     assert torch.equal(out[0], out[2])
 

@@ -41,7 +41,7 @@ def segmented(segments: Segments, dtype: torch.dtype, device: str = "cpu", gap: 
         for start, end in (run for runs in segments for run in runs):
             buffer[start:end, :width] = torch.randn(end - start, width, generator=generator)
         operands.append(buffer.to(device, dtype)[:, :width])
-    return SegmentedMatmulGrad(*operands, segments, bounds_of(segments, torch.device(device)), FIRST, EXPERTS)
+    return SegmentedMatmulGrad(*operands, segments, bounds_of(segments, torch.device(device)), FIRST, EXPERTS, 3)
 
 
 def exact(grad: SegmentedMatmulGrad) -> Tensor:
@@ -83,7 +83,7 @@ def test_sixteen_bits_are_rounded_after_all_runs() -> None:
     """1 + 2^-9 and -1: the first run's sum by itself would be rounded to 1."""
     operand, ones = torch.tensor([[1.0], [2.0**-9], [-1.0]]).bfloat16(), torch.ones(3, 1).bfloat16()
     segments: Segments = (((0, 2), (2, 3)),)
-    grad = SegmentedMatmulGrad(operand, ones, segments, bounds_of(segments, torch.device("cpu")), 0, 1)
+    grad = SegmentedMatmulGrad(operand, ones, segments, bounds_of(segments, torch.device("cpu")), 0, 1, 2)
     assert grad.compute().item() == 2.0**-9
     main = torch.full((1, 1, 1), 2.0**-9).bfloat16()
     grad.add_to(main, accumulate=True)
@@ -155,8 +155,8 @@ def test_parts_and_the_whole_are_computed_by_the_same_kernel(monkeypatch: pytest
     """Whether one of ours is faster is asked of the whole weight, or a deferred gradient would differ."""
     asked = []
 
-    def answer(operand: Tensor, out: Tensor, num_rows: int) -> bool:
-        asked.append((operand.dtype, out.shape, num_rows))
+    def answer(operand: Tensor, out: Tensor, num_rows: int, num_runs: int) -> bool:
+        asked.append((operand.dtype, out.shape, num_rows, num_runs))
         return False
 
     monkeypatch.setattr(grouped_segments, "is_worth_one_launch", answer)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from math import log
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +11,8 @@ from torch import Tensor, nn
 from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.moe.dispatch import RowCounts, combine, dispatch
 from lightning_moe.moe.overlap.call import OverlappedCall, RowRoutes, piece_offsets
-from lightning_moe.moe.overlap.cost import WORTHWHILE, LayerShape, Prediction, Rates, choose, predict
+from lightning_moe.moe.overlap.choice import LARGE_PRODUCT, OverlapChoice
+from lightning_moe.moe.overlap.cost import LayerShape, Prediction, Rates, predict
 from lightning_moe.moe.overlap.function import Waiting, collect, exchange_and_compute, pack
 from lightning_moe.moe.overlap.plan import Chunking, plan_exchange
 from lightning_moe.moe.overlap.transport import ChunkExchange, SimulatedLink
@@ -26,12 +25,6 @@ from lightning_moe.weight_grad.sink import WeightGrad
 if TYPE_CHECKING:
     from lightning_moe.moe.layer import MoELayer
 
-_TALL = 256
-"""Rows of one source and expert from which a grouped product runs well; for chunks without measured rates."""
-_LARGE = 1.6e10
-"""Multiply-adds that take an H200 40 microseconds: much more than it takes to launch a product."""
-_MOST_TRIALS = 8
-"""Shapes that are tried; others, as of sequences of many lengths, go by the nearest of these."""
 _GRAD_GROUPS = 4
 """Parts that each weight's gradient is computed in, so that they fit into waits."""
 
@@ -58,23 +51,19 @@ class ExpertOverlap:
         rates: Rates | None = None,
         queue: WeightGradQueue | None = None,
         link: SimulatedLink | None = None,
-        large_product: float = _LARGE,
+        large_product: float = LARGE_PRODUCT,
         trials: dict[LayerShape, tuple[float, float]] | None = None,
         report: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.rates, self.queue, self.link = config, rates, queue, link
-        self.trials = trials
-        self._report = report
-        self._large_product = large_product
-        self._chosen: dict[tuple[LayerShape, bool], Chunking | None] = {}
+        self.choice = OverlapChoice(config, rates, large_product, trials, report)
         self._predicted: dict[tuple[LayerShape, Chunking, bool, bool], Prediction] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertOverlap:
         return self  # copies of a layer, as averaging callbacks make them, exchange rows in the same way
 
     def __getstate__(self) -> dict[str, object]:
-        # The queue belongs to a strategy's gradients, which stay here; so does its log.
-        return vars(self) | {"queue": None, "_report": None}
+        return vars(self) | {"queue": None}  # it belongs to a strategy's gradients, which stay here
 
     def begin(self, layer: MoELayer, tokens: Tensor, weights: Tensor, sending: RowsToSend) -> OverlappedRows:
         """Begin a call, before the other ranks have said what they send.
@@ -102,51 +91,6 @@ class ExpertOverlap:
         rows = self.begin(layer, tokens, weights, RowsToSend.of(slots, None, sizes, padded=False))
         rows.finish(counts, tokens.dtype)
 
-    def chunking(self, shape: LayerShape) -> Chunking | None:
-        """How calls of this shape are cut into chunks; None for an all-to-all."""
-        trial = self._nearest_trial(shape)
-        if trial is None:
-            return self._cut(shape, asked=False)
-        blocking, overlapped = trial
-        return self._cut(shape, asked=True) if overlapped <= blocking * (1 - WORTHWHILE) else None
-
-    def untried(self, shape: LayerShape) -> Chunking | None:
-        """The chunks to try on a call of this shape; None where nothing is to be tried."""
-        if self.trials is None or self.config.dispatch != "auto":
-            return None
-        if shape in self.trials or len(self.trials) == _MOST_TRIALS:
-            return None
-        return self._cut(shape, asked=True)
-
-    def add_trial(self, shape: LayerShape, seconds: tuple[float, float]) -> None:
-        """Keep what an all-to-all and overlap took on a call of this shape."""
-        assert self.trials is not None
-        self.trials[shape] = seconds
-        if self._report is not None:
-            blocking, overlapped = (f"{1e3 * each:.3g} ms" for each in seconds)
-            chosen = "an all-to-all" if self.chunking(shape) is None else "overlap"
-            self._report(
-                f"overlap: {shape.rows} rows take {blocking} by an all-to-all, {overlapped} with overlap: {chosen}"
-            )
-
-    def _nearest_trial(self, shape: LayerShape) -> tuple[float, float] | None:
-        """What was found for the shape, or for that with the most similar number of rows."""
-        trials = self.trials or {}
-        alike = [tried for tried in trials if tried.itemsize == shape.itemsize]
-        if not alike or self.config.dispatch != "auto":
-            return None
-        return trials[min(alike, key=lambda tried: abs(log(tried.rows / shape.rows)))]
-
-    def _cut(self, shape: LayerShape, *, asked: bool) -> Chunking | None:
-        """The cost model's chunks; also where it prefers an all-to-all, if they are asked for."""
-        key = shape, asked
-        if key not in self._chosen:
-            chosen = self._choose(shape, replace(self.config, dispatch="p2p") if asked else self.config)
-            if chosen is not None:
-                chosen = chosen._replace(slot_major=_products(shape, chosen) >= self._large_product)
-            self._chosen[key] = chosen
-        return self._chosen[key]
-
     def filler(self, shape: LayerShape, chunking: Chunking) -> Callable[[bool, int], None]:
         """What offers the idle time of a call's waits to the queue."""
 
@@ -164,17 +108,6 @@ class ExpertOverlap:
                 queue.run_within(idle[position], self._seconds)
 
         return fill
-
-    def _choose(self, shape: LayerShape, config: OverlapConfig) -> Chunking | None:
-        if config.dispatch == "blocking":
-            return None
-        if self.rates is not None:
-            return choose(shape, self.rates, config)
-        by = config.chunk
-        if by == "auto":
-            by = "source" if shape.rows >= _TALL * shape.ranks * shape.local_slots else "expert"
-        groups = 1 if by == "source" else min(config.expert_groups or 4, shape.local_slots)
-        return Chunking(by, groups)
 
     def _seconds(self, grad: WeightGrad) -> float:
         assert self.rates is not None
@@ -195,7 +128,7 @@ class OverlappedRows:
         self._waiting = Waiting()
         # By a guess from this rank's rows where the model decides. What is packed before the shared expert is called
         # keeps the device busy while counts are exchanged, and lets gradients return under it (see function.py).
-        if sending.count is not None and overlap.chunking(_shape_of(layer, tokens, sending.count)) is not None:
+        if sending.count is not None and overlap.choice.chunking(_shape_of(layer, tokens, sending.count)) is not None:
             self._pack(sending.count)
 
     def finish(self, counts: RowCounts, dtype: torch.dtype) -> Tensor:
@@ -210,12 +143,12 @@ class OverlappedRows:
         """
         layer, overlap, rank = self._layer, self._overlap, self._layer.mesh.rank(Axis.EXPERT_MODEL)
         shape = _shape_of(layer, self._tokens, sum(map(sum, counts.numbers)) / len(counts.numbers))
-        untried = overlap.untried(shape)
+        untried = overlap.choice.untried(shape)
         # Every call that records gradients, so that what is run again in backward goes the same way. All ranks record
         # them, or none does: the headers say so.
         if untried is not None and torch.is_grad_enabled() and self._is_trained:
-            overlap.add_trial(shape, self._try(counts, untried, dtype))
-        chunking = overlap.chunking(shape)
+            overlap.choice.add_trial(shape, self._try(counts, untried, dtype))
+        chunking = overlap.choice.chunking(shape)
         if chunking is None:
             self._payload = None
             return layer.run_experts(self._tokens, self._weights, self._sending.plan(counts, rank), dtype)
@@ -278,7 +211,7 @@ class OverlappedRows:
             layer.experts.grouped_gemm,
             config.save,
             _GRAD_GROUPS,
-            config.sm_margin,
+            self._overlap.choice.sm_margin(len(counts.numbers)),
             fill,
         )
 
@@ -293,12 +226,6 @@ class OverlappedRows:
 
 def _nothing_to_fill(backward: bool, position: int) -> None:
     return
-
-
-def _products(shape: LayerShape, chunking: Chunking) -> float:
-    """Multiply-adds of the first projection of a chunk's rows of one slot."""
-    sources = 1 if chunking.by == "source" else shape.ranks - 1
-    return sources * shape.rows / shape.ranks / shape.local_slots * shape.hidden * shape.up_width
 
 
 def _shape_of(layer: MoELayer, tokens: Tensor, rows: float) -> LayerShape:

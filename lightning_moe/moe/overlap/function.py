@@ -289,11 +289,12 @@ def _weight_grad(
 ) -> Tensor | None:
     """Hand a weight's gradient to its sink, in parts that fit between other work; or return it, for autograd."""
     num_slots = weight.shape[0]
+    segments = tuple(tuple(runs) for runs in call.plan.segments(slice(0, num_slots)))
+    num_runs = max([1, *map(len, segments)])
 
     def part(start: int, stop: int) -> SegmentedMatmulGrad:
-        segments = tuple(tuple(runs) for runs in call.plan.segments(slice(start, stop)))
-        bounds = bounds_of(segments, rows.device)
-        return SegmentedMatmulGrad(grad_output, rows, segments, bounds, start, num_slots)
+        own = segments[start:stop]
+        return SegmentedMatmulGrad(grad_output, rows, own, bounds_of(own, rows.device), start, num_slots, num_runs)
 
     if sink is not None:
         groups = min(call.grad_groups, num_slots) if sink.defers else 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_moe.config.overlap import OverlapConfig
 from lightning_moe.moe.overlap.cost import Rates, typical_gemm
 from lightning_moe.moe.overlap.stopwatch import Stopwatch, Work
-from lightning_moe.parallel.sm_margin import SmMargin
+from lightning_moe.parallel.sm_margin import SmMargin, sm_margin_for
 from lightning_moe.weight_grad import grouped_linear
 
 _ROWS = (16, 64, 256, 512, 2048)
@@ -81,7 +81,8 @@ def measure_rates(
     if group is None:
         return rates
     link, latency, transfer, seconds = _link_rates(clock, group)
-    margin = SmMargin(config.sm_margin, device)
+    count = sm_margin_for(group.size(), link) if config.sm_margin is None else config.sm_margin
+    margin = SmMargin(count, device)
     contention = _contention(clock, experts, times, transfer, seconds, margin) if times else 0.0
     return replace(rates, link_bytes_per_second=link, latency=latency, contention=contention)
 

@@ -42,7 +42,7 @@ def step(layer: MoELayer, hidden: Tensor, cotangent: Tensor, deferred: bool = Fa
     overlap, queue = layer.overlap, WeightGradQueue() if deferred else None
     sums = [MainGrad(weight, queue) for weight in layer.experts.parameters()] if deferred else []
     if overlap is not None:
-        large = overlap._large_product
+        large = overlap.choice.large_product
         layer.overlap = ExpertOverlap(overlap.config, STARVED if deferred else None, queue, large_product=large)
     hidden = hidden.clone().requires_grad_()
     layer.zero_grad()

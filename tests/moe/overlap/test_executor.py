@@ -1,10 +1,9 @@
-"""What expert layers share: choices by shape, budgets of waits, and what copies keep."""
+"""What expert layers share: budgets of waits, and what copies keep."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import replace
 
 import torch
 
@@ -59,48 +58,11 @@ def test_few_shapes_are_met() -> None:
         assert abs(rounded - max(1, rows)) <= rows / 16, (rows, rounded)
 
 
-def test_what_was_tried_decides() -> None:
-    fast = replace(RATES, link_bytes_per_second=1e18)
-    assert ExpertOverlap(OverlapConfig(), fast).chunking(SHAPE) is None, "there is nothing to hide"
-    assert ExpertOverlap(OverlapConfig(), fast).untried(SHAPE) is None, "and nothing is to be tried"
-    trials: dict[LayerShape, tuple[float, float]] = {}
-    overlap = ExpertOverlap(OverlapConfig(), fast, trials=trials)
-    assert overlap.chunking(SHAPE) is None
-    chunks = overlap.untried(SHAPE)
-    assert chunks is not None
-    trials[SHAPE] = (1.0, 0.9)
-    assert overlap.untried(SHAPE) is None
-    assert overlap.chunking(SHAPE) == chunks
-    fewer, more = replace(SHAPE, rows=SHAPE.rows / 3), replace(SHAPE, rows=SHAPE.rows * 4)
-    trials[fewer] = (1.0, 0.99)
-    assert overlap.chunking(fewer) is None, "2 % are not worth it"
-    assert overlap.chunking(replace(SHAPE, rows=SHAPE.rows / 2)) is None, "nearest to the one with fewer rows"
-    assert overlap.chunking(more) == overlap.untried(more), "nearest to the one with more"
-    for n in range(6):
-        assert overlap.untried(replace(SHAPE, rows=10.0**n)) is not None
-        trials[replace(SHAPE, rows=10.0**n)] = (1.0, 2.0)
-    assert overlap.untried(more) is None, "eight shapes are enough"
-    forced = ExpertOverlap(SOURCE, fast, trials={SHAPE: (1.0, 2.0)})
-    assert (forced.chunking(SHAPE), forced.untried(more)) == (Chunking("source"), None)
-
-
-def test_what_was_tried_is_reported() -> None:
-    said: list[str] = []
-    overlap = ExpertOverlap(OverlapConfig(), RATES, trials={}, report=said.append)
-    overlap.add_trial(SHAPE, (0.0299, 0.0312))
-    overlap.add_trial(replace(SHAPE, rows=64), (0.02, 0.01))
-    assert said == [
-        "overlap: 2000 rows take 29.9 ms by an all-to-all, 31.2 ms with overlap: an all-to-all",
-        "overlap: 64 rows take 20 ms by an all-to-all, 10 ms with overlap: overlap",
-    ]
-    assert pickle.loads(pickle.dumps(overlap)).trials == overlap.trials
-
-
 def test_copies_share_it_and_pickles_leave_the_queue() -> None:
     overlap = ExpertOverlap(SOURCE, RATES, filled_queue(1.0))
     overlap.filler(SHAPE, Chunking("source"))(True, 0)
     assert copy.deepcopy(overlap) is overlap
     loaded = pickle.loads(pickle.dumps(overlap))
     assert (loaded.config, loaded.rates, loaded.queue) == (SOURCE, RATES, None)
-    assert loaded.chunking(SHAPE) == overlap.chunking(SHAPE)
+    assert loaded.choice.chunking(SHAPE) == overlap.choice.chunking(SHAPE)
     assert overlap.queue is not None

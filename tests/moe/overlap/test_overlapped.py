@@ -105,6 +105,13 @@ def test_products_leave_room_for_messages_and_weight_gradients_do_not(ranks: Ran
         assert kept.weight_grads == again.weight_grads == 2
 
 
+def test_messages_to_more_ranks_get_more_room(ranks: RankPool) -> None:
+    fast = Rates(link_bytes_per_second=2e11, gemm=((1.0, 1e14),))
+    one = replace(case([9, 4, 5]), overlap=overlap("source", None, "fc1"), rates=fast)
+    for (margins,) in ranks.run(3, margins_of, [one]):
+        assert margins.entered == [8] * 12
+
+
 @pytest.mark.parametrize("chunk", ["source", "expert"])
 @pytest.mark.parametrize(("width", "tokens"), [(33, 63), (5, 61), (16, 64)])
 def test_what_is_kept_changes_no_bit(ranks: RankPool, width: int, tokens: int, chunk: str) -> None:

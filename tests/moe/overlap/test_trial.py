@@ -88,7 +88,7 @@ def two_steps(overlap: ExpertOverlap | None, mesh: ParallelMesh, sinks: str, how
             found.append(layer(hidden[:3])[0])  # in evaluation nothing is tried
     found += [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
     found += [total.sum for total in sums.values()]
-    return Outcome(found, tried.call_count, None if overlap is None else overlap.trials, torch.get_rng_state())
+    return Outcome(found, tried.call_count, None if overlap is None else overlap.choice.trials, torch.get_rng_state())
 
 
 def outcomes(sinks: str, how: str) -> dict[str, Outcome]:
@@ -194,7 +194,7 @@ def ragged(winner: str) -> list[Tensor]:
     with mock.patch.object(executor, "seconds_of", lambda *args, **options: (seconds_of(*args, **options), times)[1]):
         out = layer(hidden)[0]
     out.square().sum().backward()
-    assert overlap is None or len(overlap.trials or ()) == 1
+    assert overlap is None or len(overlap.choice.trials or ()) == 1
     assert hidden.grad is not None
     return [
         out.detach(),
