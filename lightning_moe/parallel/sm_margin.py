@@ -16,23 +16,23 @@ import torch
 
 FAST_LINK = 100e9
 """Bytes per second: links that connect GPUs directly carry more, host memory and networks less."""
-_OF_A_PEER = 4
-"""Multiprocessors for the messages to one rank."""
-_MOST = 16
+_FEW = 4
+_MANY = 8
 
 
 def sm_margin_for(ranks: int, link_bytes_per_second: float | None = None) -> int:
     """Multiprocessors to leave to the messages among some ranks, where nobody says how many.
 
-    NCCL takes the more of them, the more ranks messages go to, if the link is fast. With four H200 and NVLink it held 8
-    to 16; without direct access between two it held 2. Twice as many as two ranks need cost these 1 to 4 %.
+    4; or 8 among more than two ranks whose link is fast. NCCL takes the more multiprocessors, the faster the link is
+    and the more ranks messages go to: 2 between two H200 without direct access, 8 to 16 among four with NVLink. But
+    products become slower with each that they leave, and between two ranks with NVLink 8 cost more than they gain.
 
     Args:
         ranks: Ranks of the group.
         link_bytes_per_second: What a rank can send to others; None where it is not known.
     """
     fast = link_bytes_per_second is not None and link_bytes_per_second >= FAST_LINK
-    return min(_MOST, _OF_A_PEER * max(1, ranks - 1)) if fast else _OF_A_PEER
+    return _MANY if fast and ranks > 2 else _FEW
 
 
 class SmMargin:

@@ -53,7 +53,7 @@ def test_what_was_tried_is_reported() -> None:
 
 @pytest.mark.parametrize(
     ("given", "link", "ranks", "margin"),
-    [(None, 2e11, 2, 4), (None, 2e11, 4, 12), (None, 2e10, 4, 4), (None, None, 4, 4), (7, 2e11, 4, 7), (0, 2e11, 4, 0)],
+    [(None, 2e11, 2, 4), (None, 2e11, 4, 8), (None, 2e10, 4, 4), (None, None, 4, 4), (7, 2e11, 4, 7), (0, 2e11, 4, 0)],
 )
 def test_room_for_messages(given: int | None, link: float | None, ranks: int, margin: int) -> None:
     rates = None if link is None else replace(RATES, link_bytes_per_second=link)
