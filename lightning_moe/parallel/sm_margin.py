@@ -14,25 +14,18 @@ from typing import Any
 
 import torch
 
-FAST_LINK = 100e9
-"""Bytes per second: links that connect GPUs directly carry more, host memory and networks less."""
-_FEW = 4
-_MANY = 8
 
-
-def sm_margin_for(ranks: int, link_bytes_per_second: float | None = None) -> int:
+def sm_margin_for(ranks: int) -> int:
     """Multiprocessors to leave to the messages among some ranks, where nobody says how many.
 
-    4; or 8 among more than two ranks whose link is fast. NCCL takes the more multiprocessors, the faster the link is
-    and the more ranks messages go to: 2 between two H200 without direct access, 8 to 16 among four with NVLink. But
-    products become slower with each that they leave, and between two ranks with NVLink 8 cost more than they gain.
+    4 between two ranks, 8 among more. NCCL holds the more multiprocessors, the more ranks messages go to, but products
+    become slower with each that they leave: between two H200 with NVLink 8 cost more than they gain, among four they
+    gain. It depends on nothing that is measured, because it chooses kernels, and with them the last bits of results.
 
     Args:
         ranks: Ranks of the group.
-        link_bytes_per_second: What a rank can send to others; None where it is not known.
     """
-    fast = link_bytes_per_second is not None and link_bytes_per_second >= FAST_LINK
-    return _MANY if fast and ranks > 2 else _FEW
+    return 4 if ranks <= 2 else 8
 
 
 class SmMargin:

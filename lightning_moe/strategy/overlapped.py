@@ -31,9 +31,12 @@ from lightning_moe.moe.overlap.cost import LayerShape, Rates, typical_gemm
 from lightning_moe.moe.overlap.executor import ExpertOverlap
 from lightning_moe.moe.overlap.rates import measure_rates
 from lightning_moe.parallel.mesh import ParallelMesh
-from lightning_moe.parallel.sm_margin import FAST_LINK, sm_margin_for
+from lightning_moe.parallel.sm_margin import sm_margin_for
 from lightning_moe.weight_grad import compute_dtype
 from lightning_moe.weight_grad.queue import WeightGradQueue
+
+_FAST_LINK = 100e9
+"""Bytes per second: NVLink is several times faster, host memory and networks are slower."""
 
 
 class _Products(NamedTuple):
@@ -150,7 +153,7 @@ def _exchange_chunks(config: OverlapConfig | None, rates: Sequence[Rates]) -> in
     if config.attention_chunks is not None:
         return config.attention_chunks
     if config.dispatch == "auto":  # on a fast link the chunks' own work is more than what they hide
-        return 2 if any(rate.link_bytes_per_second < FAST_LINK for rate in rates) else 1
+        return 2 if any(rate.link_bytes_per_second < _FAST_LINK for rate in rates) else 1
     return 1 if config.dispatch == "blocking" else 2
 
 

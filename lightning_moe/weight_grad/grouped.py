@@ -19,9 +19,14 @@ from lightning_moe.weight_grad.memory import has_aligned_rows, is_aligned, witho
 from lightning_moe.weight_grad.sink import WeightGrad, deliver, sink_of
 
 _WORTH_A_LAUNCH = 4e9
-"""Multiply-adds of a product from which cuBLAS beats our kernel though it launches once for each."""
+"""Multiply-adds of a product from which cuBLAS beats our kernel though it launches once for each.
+
+On H200, without descriptors (bfloat16, float32 sums, 64 experts): 1.07 ms against 0.73 at 1.6e9, 2.11 against 2.59 at
+8.6e9.
+"""
 _WORTH_A_LAUNCH_ON_HOPPER = 1.2e10
-"""The same where our kernel has tensor descriptors."""
+"""The same where our kernel has tensor descriptors: 2.35 ms against 2.33 at 8.6e9, with 32 experts 1.32 against 1.36 at
+1.3e10."""
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,7 @@ class OverlapChoice:
     def sm_margin(self, ranks: int) -> int:
         """Multiprocessors that products leave to the messages among so many ranks."""
         given = self._config.sm_margin
-        if given is not None:
-            return given
-        return sm_margin_for(ranks, None if self._rates is None else self._rates.link_bytes_per_second)
+        return sm_margin_for(ranks) if given is None else given
 
     def _choose(self, shape: LayerShape, config: OverlapConfig) -> Chunking | None:
         if config.dispatch == "blocking":

@@ -106,8 +106,7 @@ def test_products_leave_room_for_messages_and_weight_gradients_do_not(ranks: Ran
 
 
 def test_messages_to_more_ranks_get_more_room(ranks: RankPool) -> None:
-    fast = Rates(link_bytes_per_second=2e11, gemm=((1.0, 1e14),))
-    one = replace(case([9, 4, 5]), overlap=overlap("source", None, "fc1"), rates=fast)
+    one = replace(case([9, 4, 5]), overlap=overlap("source", None, "fc1"))
     for (margins,) in ranks.run(3, margins_of, [one]):
         assert margins.entered == [8] * 12
 
