@@ -53,7 +53,7 @@ class OverlapConfig:
     2 with ``dispatch: p2p``, and with ``auto`` where the link of the expert layers is slower than 100 GB/s; else 1."""
     sm_margin: int | None = None
     """Multiprocessors of a GPU that products of rows and heads leave to the messages that they hide; 0 leaves none.
-    Null leaves 4 between two ranks, and 8 in expert layers whose messages go to more."""
+    Null leaves 4, and 8 in expert layers whose messages go to more than one rank."""
     link_gigabytes_per_second: float | None = None
     """What a rank can send to others, for the cost model; null measures it when training starts."""
     gemm_teraflops: float | None = None

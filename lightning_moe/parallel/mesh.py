@@ -43,6 +43,9 @@ class ParallelMesh:
     def build(cls, config: ParallelConfig, timeout: timedelta | None = None) -> Self:
         """Create every process group, in the order of :class:`Axis`; a collective call.
 
+        All axes of size 1 share one group. Most axes have that size; to create a group takes a call on every rank of
+        the world, and a gloo group has three threads.
+
         Args:
             config: Axis sizes; ``data`` may be left out.
             timeout: Time after which a collective on these groups fails; the backend's default when left out.
@@ -55,11 +58,17 @@ class ParallelMesh:
         world = dist.group.WORLD
         assert world is not None
         groups: dict[Axis, dist.ProcessGroup] = {Axis.WORLD: world}
+        alone: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for axis in Axis:
             if axis is Axis.WORLD or (axis is Axis.TIED and config.pipeline == 1):
                 continue
             for ranks in rank_lists(config, axis):
-                group = dist.new_group(list(ranks), timeout=timeout, group_desc=str(axis))
+                group = alone.get(ranks)
+                if group is None:
+                    desc = str(axis) if len(ranks) > 1 else "alone"
+                    group = dist.new_group(list(ranks), timeout=timeout, group_desc=desc)
+                if len(ranks) == 1:
+                    alone[ranks] = group
                 if global_rank in ranks:
                     groups[axis] = group
         groups.setdefault(Axis.TIED, groups[Axis.DATA_CONTEXT])  # without a pipeline they reduce the same gradients

@@ -13,20 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_moe.weight_grad.fused_kernels import fused_kernels_take
+from lightning_moe.weight_grad.launching import Launching, how_to_launch
 from lightning_moe.weight_grad.linear import MatmulGrad, compute_dtype
 from lightning_moe.weight_grad.memory import has_aligned_rows, is_aligned, without_the_rest
 from lightning_moe.weight_grad.sink import WeightGrad, deliver, sink_of
-
-_WORTH_A_LAUNCH = 4e9
-"""Multiply-adds of a product from which cuBLAS beats our kernel though it launches once for each.
-
-On H200, without descriptors (bfloat16, float32 sums, 64 experts): 1.07 ms against 0.73 at 1.6e9, 2.11 against 2.59 at
-8.6e9.
-"""
-_WORTH_A_LAUNCH_ON_HOPPER = 1.2e10
-"""The same where our kernel has tensor descriptors: 2.35 ms against 2.33 at 8.6e9, with 32 experts 1.32 against 1.36 at
-1.3e10."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +61,14 @@ class GroupedMatmulGrad(WeightGrad):
         """Write or add the gradient, with products summed in the dtype of ``main_grad`` ``[E, N, K]``."""
         # Not the grouped GEMM, which can neither add to its output nor widen it: each micro-batch's gradient would be
         # rounded to 16 bits on its way into the float32 sum.
-        if self._launches_once(main_grad):
+        launching = self._launching(main_grad)
+        if launching != "each":
             from lightning_moe.weight_grad import triton_grouped
 
-            triton_grouped.add_grouped(self.grad_output, self.rows, self.offsets, main_grad, accumulate=accumulate)
+            descriptors = launching == "descriptors"
+            triton_grouped.add_grouped(
+                self.grad_output, self.rows, self.offsets, main_grad, descriptors=descriptors, accumulate=accumulate
+            )
             return
         for expert, (piece, count) in enumerate(zip(self._per_expert(), self.counts, strict=True)):
             if count:
@@ -82,41 +76,15 @@ class GroupedMatmulGrad(WeightGrad):
             elif not accumulate:
                 main_grad[expert].zero_()
 
-    def _launches_once(self, main_grad: Tensor) -> bool:
-        return (
-            self.grouped
-            and main_grad.dtype == torch.float32
-            and is_worth_one_launch(self.rows, main_grad, self.rows.shape[0])
-        )
+    def _launching(self, main_grad: Tensor) -> Launching:
+        if not self.grouped or main_grad.dtype != torch.float32:
+            return "each"
+        return how_to_launch(self.grad_output, self.rows, main_grad)
 
     def _per_expert(self) -> list[MatmulGrad]:
         counts = list(self.counts)
         pieces = zip(torch.split(self.grad_output, counts), torch.split(self.rows, counts), strict=True)
         return [MatmulGrad(grad_output, rows) for grad_output, rows in pieces]
-
-
-def is_worth_one_launch(operand: Tensor, out: Tensor, num_rows: int, num_runs: int = 1) -> bool:
-    """Whether one kernel of ours computes the weight gradients of all experts, and faster than cuBLAS does.
-
-    Depends on shapes, dtypes and the device alone: a gradient that is computed later must not differ.
-
-    Args:
-        operand: An operand of the products; 16 bits.
-        out: ``[E, N, K]``, float32 or in the dtype of the operand.
-        num_rows: Rows of all experts.
-        num_runs: Runs that an expert's rows come in: cuBLAS launches once for each.
-    """
-    if not (
-        out.numel() > 0
-        and operand.dtype.itemsize == 2
-        and out.dtype in (operand.dtype, torch.float32)
-        and out.is_contiguous()
-        and fused_kernels_take(operand, out)
-    ):
-        return False
-    capability = torch.cuda.get_device_capability(operand.device)
-    most = _WORTH_A_LAUNCH_ON_HOPPER if capability >= (9, 0) else _WORTH_A_LAUNCH
-    return capability >= (8, 0) and num_rows * out[0].numel() / (out.shape[0] * num_runs) < most
 
 
 def grouped_linear(

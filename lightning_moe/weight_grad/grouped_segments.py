@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightning_moe.weight_grad.grouped import is_worth_one_launch
+from lightning_moe.weight_grad.launching import how_to_launch
 from lightning_moe.weight_grad.linear import MatmulGrad
 from lightning_moe.weight_grad.memory import without_the_rest
 from lightning_moe.weight_grad.sink import WeightGrad
@@ -79,12 +79,13 @@ class SegmentedMatmulGrad(WeightGrad):
             main_grad[stop:].zero_()
         own = main_grad[self.first_expert : stop]
         # Asked of the whole weight: a part must not be computed by another kernel than all parts at once.
-        if is_worth_one_launch(self.rows, main_grad, self.rows.shape[0], self.num_runs):
+        launching = how_to_launch(self.grad_output, self.rows, main_grad, self.num_runs)
+        if launching != "each":
             from lightning_moe.weight_grad import triton_grouped
 
-            segment = self.rows.shape[0] / (self.num_experts * self.num_runs)
+            descriptors = launching == "descriptors"
             triton_grouped.add_segments(
-                self.grad_output, self.rows, self.bounds, own, segment=segment, accumulate=accumulate
+                self.grad_output, self.rows, self.bounds, own, descriptors=descriptors, accumulate=accumulate
             )
             return
         for target, runs in zip(own, self.segments, strict=True):

@@ -11,7 +11,7 @@ From Hopper on, tensor descriptors let the GPU copy whole blocks to shared memor
 segment ends yields zeros beyond it, so nothing is masked. Making one takes each program a while, so they are for
 segments of many rows. On H200, bfloat16 into float32, 32 experts with 4 segments of 1,024 rows: widths of 1,536 and
 2,048 take 1.45 ms with descriptors and 1.62 ms without, 2,048 and 768 take 0.72 and 0.78. 64 experts of 512 rows take
-0.75 and 0.68 ms.
+0.75 and 0.68 ms. The tiles were chosen on that GPU, too.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -25,12 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_moe.weight_grad.memory import has_aligned_rows
-
 _VECTOR = 8
 """Elements of 16 bits that a thread can load at a time."""
-_LONG = 768
-"""Rows of a segment from which descriptors pay."""
 
 
 class _Tiling(NamedTuple):
@@ -107,7 +103,9 @@ def _kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=wanted)
 
 
-def add_grouped(grad_output: Tensor, rows: Tensor, offsets: Tensor, out: Tensor, *, accumulate: bool) -> None:
+def add_grouped(
+    grad_output: Tensor, rows: Tensor, offsets: Tensor, out: Tensor, *, descriptors: bool, accumulate: bool
+) -> None:
     """``out[e] = accumulate * out[e] + grad_output[e's rows]^T @ rows[e's rows]``; equal from run to run, bit for bit.
 
     Args:
@@ -115,14 +113,15 @@ def add_grouped(grad_output: Tensor, rows: Tensor, offsets: Tensor, out: Tensor,
         rows: ``[R, K]``, likewise.
         offsets: The end of each expert's rows, int32 ``[E]``.
         out: ``[E, N, K]``, contiguous; float32, or in the dtype of the operands, to which sums are rounded once.
+        descriptors: Whether to read by tensor descriptors, where the GPU has them and every row of both operands starts
+            at a multiple of 16 bytes. It chooses tiles, and with them the order of sums.
         accumulate: Whether to add to ``out`` or to overwrite it, whatever it holds.
     """
-    segment = rows.shape[0] / out.shape[0]
-    _launch(grad_output, rows, offsets, 1, out, segment=segment, from_ends=True, accumulate=accumulate)
+    _launch(grad_output, rows, offsets, 1, out, descriptors=descriptors, from_ends=True, accumulate=accumulate)
 
 
 def add_segments(
-    grad_output: Tensor, rows: Tensor, bounds: Tensor, out: Tensor, *, segment: float, accumulate: bool
+    grad_output: Tensor, rows: Tensor, bounds: Tensor, out: Tensor, *, descriptors: bool, accumulate: bool
 ) -> None:
     """The same where each expert's rows are several runs, added up in their order.
 
@@ -131,15 +130,12 @@ def add_segments(
         rows: Likewise.
         bounds: Start and end of each run, int32 ``[E, S, 2]``, contiguous; runs may be empty.
         out: As of :func:`add_grouped`.
-        segment: Rows of a run, about. The order in which products are summed depends on it.
-        accumulate: As of :func:`add_grouped`.
+        descriptors: As of :func:`add_grouped`.
+        accumulate: Likewise.
     """
-    _launch(grad_output, rows, bounds, bounds.shape[1], out, segment=segment, from_ends=False, accumulate=accumulate)
-
-
-def has_descriptors(device: torch.device) -> bool:
-    """Whether the GPU has tensor descriptors; see the note above."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    _launch(
+        grad_output, rows, bounds, bounds.shape[1], out, descriptors=descriptors, from_ends=False, accumulate=accumulate
+    )
 
 
 def _launch(
@@ -149,7 +145,7 @@ def _launch(
     num_segments: int,
     out: Tensor,
     *,
-    segment: float,
+    descriptors: bool,
     from_ends: bool,
     accumulate: bool,
 ) -> None:
@@ -157,14 +153,10 @@ def _launch(
     num_experts, n_width, k_width = out.shape
     grad_stride, row_stride = grad_output.stride(0), rows.stride(0)
     unit = _VECTOR if grad_stride % _VECTOR == row_stride % _VECTOR == 0 else 1
-    aligned = has_aligned_rows(grad_output) and has_aligned_rows(rows)
-    descriptors = segment >= _LONG and aligned and has_descriptors(out.device)
     tiling = _DESCRIPTORS if descriptors else _LOADS
     grid = (triton.cdiv(n_width, tiling.tile_n) * triton.cdiv(k_width, tiling.tile_k), num_experts)
 
     def launch() -> None:
-        if descriptors:
-            triton.set_allocator(_memory)  # descriptors lie in memory of the kernel's
         _kernel[grid](
             grad_output,
             rows,
@@ -186,7 +178,14 @@ def _launch(
             num_stages=tiling.stages,
         )
 
-    copy_context().run(launch)  # where the allocator is ours; the caller's stays as it is
+    def launch_with_memory() -> None:
+        triton.set_allocator(_memory)  # where descriptors lie
+        launch()
+
+    if descriptors:
+        copy_context().run(launch_with_memory)  # in which the allocator is ours; the caller's stays as it is
+    else:
+        launch()
 
 
 def _memory(size: int, alignment: int, stream: int | None) -> Tensor:

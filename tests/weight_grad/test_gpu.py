@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_moe.weight_grad import GroupedMatmulGrad, SegmentedMatmulGrad, bounds_of
-from lightning_moe.weight_grad import grouped as grouped_module
-from lightning_moe.weight_grad.grouped import is_worth_one_launch
+from lightning_moe.weight_grad import GroupedMatmulGrad, SegmentedMatmulGrad, bounds_of, launching
 from lightning_moe.weight_grad.grouped_segments import Segments
 from tests.weight_grad.test_grouped import offsets_of
 from tests.weight_grad.test_grouped_segments import exact as exact_of_segments
@@ -26,15 +24,16 @@ RUNS: list[Segments] = [
 ]
 
 
+LIMITS = ("_MOST_BY_LOADS", "_MOST_BY_DESCRIPTORS", "_MOST_OF_RUNS")
+
+
 @pytest.fixture(params=[False, True], ids=["loads", "descriptors"], autouse=True)
 def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways of our kernel to read its operands, however long the runs of rows are."""
-    from lightning_moe.weight_grad import triton_grouped  # there is no Triton where there is no GPU
-
     wanted: bool = request.param
-    if wanted and not triton_grouped.has_descriptors(torch.device("cuda")):
+    if wanted and not launching.has_descriptors(torch.device("cuda")):
         pytest.skip("the GPU has no tensor descriptors")
-    monkeypatch.setattr(triton_grouped, "_LONG", 0 if wanted else 2**40)
+    monkeypatch.setattr(launching, "_LONG", 0 if wanted else 2**40)
     return wanted
 
 
@@ -79,12 +78,13 @@ def exact(grad: GroupedMatmulGrad) -> Tensor:
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("gaps", [(0, 0), (0, 8), (3, 5)], ids=str)
 def test_one_kernel_computes_all_experts(
-    gaps: tuple[int, int], counts: list[int], widths: tuple[int, int], dtype: torch.dtype
+    gaps: tuple[int, int], counts: list[int], widths: tuple[int, int], dtype: torch.dtype, descriptors: bool
 ) -> None:
     grad = operands(counts, widths, dtype, *gaps)
     expected = exact(grad)
     written = torch.full_like(expected, float("nan"), dtype=torch.float32)
-    assert grad._launches_once(written)
+    aligned = gaps != (3, 5)
+    assert grad._launching(written) == ("descriptors" if descriptors and aligned else "loads")
     grad.add_to(written, accumulate=False)
     torch.testing.assert_close(written.double(), expected, rtol=1e-5, atol=1e-4)
     before = torch.randn_like(written)
@@ -104,12 +104,12 @@ def test_sums_are_the_same_in_every_run() -> None:
 def test_experts_with_much_work_have_a_launch_each(monkeypatch: pytest.MonkeyPatch) -> None:
     grad = operands([64, 64], (256, 256), torch.bfloat16)
     out = torch.zeros(2, 256, 256, device="cuda")
-    assert grad._launches_once(out)
-    assert not grad._launches_once(out.double())
+    assert grad._launching(out) != "each"
+    assert grad._launching(out.double()) == "each"
     grad = replace(grad, grad_output=grad.grad_output[:128], rows=grad.rows[:128])
-    for name in ("_WORTH_A_LAUNCH", "_WORTH_A_LAUNCH_ON_HOPPER"):
-        monkeypatch.setattr(grouped_module, name, 64 * 256 * 256)
-    assert not grad._launches_once(out)
+    for name in LIMITS:
+        monkeypatch.setattr(launching, name, 64 * 256 * 256)
+    assert grad._launching(out) == "each"
     grad.add_to(out, accumulate=False)
     torch.testing.assert_close(out.double(), exact(grad), rtol=1e-5, atol=1e-4)
 
@@ -125,16 +125,19 @@ def test_experts_with_several_runs_of_rows(
     runs: Segments,
     widths: tuple[int, int],
     dtype: torch.dtype,
+    descriptors: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Written, added and returned; by one kernel, or by one product for each run."""
     if not once:
-        monkeypatch.setattr(grouped_module, "_WORTH_A_LAUNCH", 0)
-        monkeypatch.setattr(grouped_module, "_WORTH_A_LAUNCH_ON_HOPPER", 0)
+        for name in LIMITS:
+            monkeypatch.setattr(launching, name, 0)
     grad = segmented(runs, widths, dtype, gap)
     expected = exact_of_segments(grad)
     written = torch.full_like(expected, torch.nan, dtype=torch.float32)
-    assert is_worth_one_launch(grad.rows, written, grad.rows.shape[0], grad.num_runs) == once
+    found = launching.how_to_launch(grad.grad_output, grad.rows, written, grad.num_runs)
+    aligned = gap != 3 and widths != (13, 7)
+    assert found == ("each" if not once else "descriptors" if descriptors and aligned else "loads")
     grad.add_to(written, accumulate=False)
     torch.testing.assert_close(written.double(), expected, rtol=1e-5, atol=1e-4)
     before = torch.randn_like(written)
@@ -170,6 +173,45 @@ def test_sums_over_runs_are_the_same_in_every_repetition() -> None:
         grad.add_to(out, accumulate=True)
         assert torch.equal(first, out)
         assert torch.equal(computed, grad.compute())
+
+
+@pytest.mark.parametrize("widths", [(13, 7), (200, 72), (520, 136)], ids=str)
+def test_widths_that_fill_no_tile(widths: tuple[int, int], descriptors: bool) -> None:
+    """Rows begin at multiples of 16 bytes, whatever their width; what lies in the gaps belongs to nobody."""
+    matrices = [random_rows(760, (width, width), -width % 8 + 8, torch.bfloat16)[0] for width in widths]
+    grad = SegmentedMatmulGrad(*matrices, RUNS[0], bounds_of(RUNS[0], torch.device("cuda")), 1, 6, 3)
+    out = torch.full((6, *widths), torch.nan, device="cuda")
+    found = launching.how_to_launch(grad.grad_output, grad.rows, out, 3)
+    assert found == ("descriptors" if descriptors else "loads")
+    grad.add_to(out, accumulate=False)
+    torch.testing.assert_close(out.double(), exact_of_segments(grad), rtol=1e-5, atol=1e-4)
+
+
+def test_parts_have_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the runs of some experts alone would be too short for descriptors, or long enough."""
+    monkeypatch.undo()
+    lengths = [(1700, 1500), (300, 0), (900, 800), (1200, 0)]
+    runs, start = [], 0
+    for expert in lengths:
+        own = []
+        for length in expert:
+            if length:
+                own.append((start, start + length))
+            start += length
+        runs.append(tuple(own))
+    matrices = random_rows(start, (512, 384), 8, torch.bfloat16)
+    whole = torch.zeros(4, 512, 384, device="cuda")
+    parts = whole.clone()
+
+    def grad(first: int, stop: int) -> SegmentedMatmulGrad:
+        own = tuple(runs[first:stop])
+        return SegmentedMatmulGrad(*matrices, own, bounds_of(own, torch.device("cuda")), first, 4, 2)
+
+    grad(0, 4).add_to(whole, accumulate=True)
+    for first, stop in ((0, 1), (1, 2), (2, 2), (2, 4)):
+        grad(first, stop).add_to(parts, accumulate=True)
+    assert torch.equal(whole, parts)
+    torch.testing.assert_close(whole.double(), exact_of_segments(grad(0, 4)), rtol=1e-5, atol=1e-3)
 
 
 def test_gaps_and_runs_do_not_change_the_bits() -> None:

@@ -155,11 +155,11 @@ def test_parts_and_the_whole_are_computed_by_the_same_kernel(monkeypatch: pytest
     """Whether one of ours is faster is asked of the whole weight, or a deferred gradient would differ."""
     asked = []
 
-    def answer(operand: Tensor, out: Tensor, num_rows: int, num_runs: int) -> bool:
-        asked.append((operand.dtype, out.shape, num_rows, num_runs))
-        return False
+    def answer(grad_output: Tensor, rows: Tensor, out: Tensor, num_runs: int) -> str:
+        asked.append((grad_output.shape, rows.shape, rows.dtype, out.shape, num_runs))
+        return "each"
 
-    monkeypatch.setattr(grouped_segments, "is_worth_one_launch", answer)
+    monkeypatch.setattr(grouped_segments, "how_to_launch", answer)
     whole = segmented(SEGMENTS["several"], torch.bfloat16)
     main = torch.zeros(EXPERTS, N, K)
     whole.add_to(main, accumulate=True)

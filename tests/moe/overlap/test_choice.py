@@ -48,7 +48,9 @@ def test_what_was_tried_is_reported() -> None:
         "overlap: 2000 rows take 29.9 ms by an all-to-all, 31.2 ms with overlap: an all-to-all",
         "overlap: 64 rows take 20 ms by an all-to-all, 10 ms with overlap: overlap",
     ]
-    assert pickle.loads(pickle.dumps(overlap)).choice.trials == overlap.choice.trials
+    loaded = pickle.loads(pickle.dumps(overlap))
+    assert loaded.choice.trials == overlap.choice.trials
+    assert loaded.choice._report is None
 
 
 @pytest.mark.parametrize(("given", "ranks", "margin"), [(None, 2, 4), (None, 4, 8), (7, 4, 7), (0, 4, 0)])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_moe.config import OverlapConfig
-from lightning_moe.moe.overlap import matrices
+from lightning_moe.moe.overlap import function, matrices
 from lightning_moe.moe.overlap.cost import Rates
 from lightning_moe.weight_grad.grouped_segments import SegmentedMatmulGrad
 from tests.distributed import RankPool
@@ -103,6 +104,37 @@ def test_products_leave_room_for_messages_and_weight_gradients_do_not(ranks: Ran
         assert kept.entered == [7] * 8
         assert again.entered == [7] * 10
         assert kept.weight_grads == again.weight_grads == 2
+
+
+def runs_of(cases: list[Case]) -> list[list[tuple[int, int, int]]]:
+    """Of each weight gradient of each case: experts of its range, most runs of one of them, and runs that it says."""
+    found = []
+    for one in cases:
+        grads: list[SegmentedMatmulGrad] = []
+
+        def made(*args: Any, grads: list[SegmentedMatmulGrad] = grads) -> SegmentedMatmulGrad:
+            grads.append(SegmentedMatmulGrad(*args))
+            return grads[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(function, "SegmentedMatmulGrad", made)
+            run_ranks([one])
+        found.append([(len(grad.segments), max(map(len, grad.segments)), grad.num_runs) for grad in grads])
+    return found
+
+
+def test_parts_of_a_weight_gradient_are_launched_like_the_whole(ranks: RankPool) -> None:
+    """Deferred it comes in parts, and the experts of a part may have fewer runs than others."""
+    plain = replace(case([9, 0, 4], {"num_experts": 12, "top_k": 1}), overlap=overlap("source", None, "fc1"))
+    fewer = 0
+    for sunk, queued in ranks.run(3, runs_of, [replace(plain, weight_grads=to) for to in ("sink", "queue")]):
+        assert [experts for experts, _, _ in sunk] == [4, 4]
+        assert [experts for experts, _, _ in queued] == [1] * 8
+        (runs,) = {grad[2] for grad in sunk}
+        assert {grad[2] for grad in queued} == {runs}
+        assert runs == max(1, *(most for _, most, _ in sunk))
+        fewer += sum(most < runs for _, most, _ in queued)
+    assert fewer, "no part has fewer runs: nothing is tested"
 
 
 def test_messages_to_more_ranks_get_more_room(ranks: RankPool) -> None:
