@@ -20,7 +20,7 @@ another loss that was added to the step's, and it comes when buckets may have be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 from functools import partial
@@ -201,7 +201,6 @@ class GradientReducer:
             return parameter.grad, slot.copies
         return elements(parameter.grad, slot.parameter)[slot.run.start : slot.run.stop], slot.copies
 
-    @torch.no_grad()
     def full_grad(self, parameter: nn.Parameter) -> Tensor | None:
         """The reduced gradient of one of the model's parameters, wherever it is kept.
 
@@ -210,6 +209,17 @@ class GradientReducer:
         Returns:
             A tensor in the (local) shape of the parameter, of at least float32; None if there is no gradient.
         """
+        gathered: dict[Bucket, Tensor] = {}
+        grad = self._full_grad(parameter, gathered)
+        return grad.clone() if grad is not None and gathered else grad  # without the rest of its bucket
+
+    def full_grads(self, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+        """:meth:`full_grad` of several parameters, which may share memory: each bucket is gathered once."""
+        gathered: dict[Bucket, Tensor] = {}
+        return [self._full_grad(parameter, gathered) for parameter in parameters]
+
+    @torch.no_grad()
+    def _full_grad(self, parameter: nn.Parameter, gathered: dict[Bucket, Tensor]) -> Tensor | None:
         if parameter not in self._places:
             return parameter.grad
         slot, bucket = self._places[parameter]
@@ -219,10 +229,11 @@ class GradientReducer:
             return None
         if not bucket.sharded or not bucket.reduced:
             return slot.main.grad if bucket.reduced else slot.view
-        assert bucket.group is not None
-        whole = start_all_gather(bucket.shard, bucket.group).wait()
+        if bucket not in gathered:
+            assert bucket.group is not None
+            gathered[bucket] = start_all_gather(bucket.shard, bucket.group).wait()
         start = slot.view.storage_offset() - bucket.grads.storage_offset()
-        return whole.as_strided(slot.view.shape, slot.view.stride(), start).clone()
+        return gathered[bucket].as_strided(slot.view.shape, slot.view.stride(), start)
 
     def close(self) -> None:
         """Detach from the parameters; their gradients stay as they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -259,6 +259,16 @@ class MoEStrategy(PipelinedStrategy):
             if there is no gradient.
         """
         return parameter.grad if self._reducer is None else self._reducer.full_grad(parameter)
+
+    def full_grads(self, parameters: Iterable[torch.nn.Parameter]) -> list[Tensor | None]:
+        """:meth:`full_grad` of several parameters. What they have in common is gathered once, not for each.
+
+        Returns:
+            The gradients, which may share memory: do not write to them.
+        """
+        if self._reducer is None:
+            return [parameter.grad for parameter in parameters]
+        return self._reducer.full_grads(parameters)
 
     def _clip_by_global_norm(self, parameters: list[Tensor], max_norm: float) -> None:
         assert self._reducer is not None

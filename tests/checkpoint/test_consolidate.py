@@ -26,7 +26,7 @@ from lightning_moe.errors import CheckpointError
 from lightning_moe.parallel.layout import Axis
 from lightning_moe.parallel.sharding import ShardSpec
 from tests.distributed import RankPool
-from tests.strategy.tiny import TinyMoE, loader, trainer, whole
+from tests.strategy.tiny import TinyMoE, loader, trainer, wholes
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]
 
@@ -281,7 +281,7 @@ def train_and_save(folder: str, ema: bool) -> dict[str, Any]:
     run = trainer(2, 2, max_steps=2, callbacks=callbacks)
     run.fit(module, loader(16, 8, 2, run.global_rank))
     run.save_checkpoint(f"{folder}/after.ckpt")
-    return {name: whole(module, name, value) for name, value in module.state_dict().items()}
+    return wholes(module, module.state_dict())
 
 
 @pytest.mark.slow

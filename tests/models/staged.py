@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_moe import MoEStrategy, OverlapConfig, ParallelConfig, PipelineConfig
-from tests.strategy.tiny import gradient, relative_error
+from tests.strategy.tiny import gradients, relative_error
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class StageRecorder(pl.Callback):
         self.logged.append({key: float(value) for key, value in trainer.callback_metrics.items()})
 
     def on_before_optimizer_step(self, trainer: Any, module: pl.LightningModule, optimizer: Any) -> None:
-        grads = ((name, gradient(trainer, parameter)) for name, parameter in module.named_parameters())
-        self.grads.append({name: None if grad is None else grad.detach().clone() for name, grad in grads})
+        found = gradients(trainer, module)
+        self.grads.append({name: None if grad is None else grad.detach().clone() for name, grad in found.items()})
 
     def run(self, module: pl.LightningModule, **found: Tensor) -> StageRun:
         """What has been recorded, with the weights of now."""

@@ -18,7 +18,7 @@ from lightning_moe.parallel.layout import Axis
 from lightning_moe.pipeline.chain import chain_spec
 from lightning_moe.pipeline.spec import PipelineSpec
 from lightning_moe.weight_grad import linear
-from tests.strategy.tiny import WIDTH, Recorder, Run, Sequences
+from tests.strategy.tiny import WIDTH, Recorder, Run, Sequences, gradients
 
 
 class Linear(nn.Module):
@@ -136,15 +136,10 @@ class PipelineRecorder(Recorder):
         self.keep = keep
 
     def on_before_optimizer_step(self, trainer: Any, module: pl.LightningModule, optimizer: Any) -> None:
-        strategy = trainer.strategy
         if not self.keep:
             return
-        self.grads.append(
-            {
-                name: None if (grad := strategy.full_grad(parameter)) is None else grad.detach().clone()
-                for name, parameter in module.named_parameters()
-            }
-        )
+        found = gradients(trainer, module)
+        self.grads.append({name: None if grad is None else grad.detach().clone() for name, grad in found.items()})
 
 
 def train_chain(

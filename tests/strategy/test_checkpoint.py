@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_moe import ConfigError, MoEStrategy, ParallelConfig
 from tests.distributed import RankFailure, RankPool
-from tests.strategy.tiny import Recorder, TinyMoE, check_losses, loader, relative_error, trainer, whole
+from tests.strategy.tiny import Recorder, TinyMoE, check_losses, loader, relative_error, trainer, wholes
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 
@@ -52,7 +52,7 @@ def fit(
         gathered: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(gathered, losses)
         losses = [sum(values) / world_size for values in zip(*gathered, strict=True)]
-    weights = {name: whole(module, name, value) for name, value in module.state_dict().items()}
+    weights = wholes(module, module.state_dict())
     return {"losses": losses, "weights": weights, "step": run.global_step}
 
 

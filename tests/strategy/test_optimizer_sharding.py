@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_moe import ConfigError, MoEStrategy, ParallelConfig
+from lightning_moe.parallel import gradients
 from lightning_moe.parallel.main_params import gather_in_forward
 from tests.distributed import RankFailure, RankPool
 from tests.optimizers import Simple
@@ -244,7 +246,15 @@ def whole_gradients(sharding: bool) -> list[float]:
     norms = []
 
     def on_before_optimizer_step(*_: Any) -> None:
-        grads = [fit.strategy.full_grad(p) for p in module.parameters()]  # type: ignore[attr-defined]
+        strategy = fit.strategy
+        assert isinstance(strategy, MoEStrategy)
+        with mock.patch.object(gradients, "start_all_gather", wraps=gradients.start_all_gather) as gather:
+            grads = strategy.full_grads(module.parameters())
+        num_buckets = gather.call_count
+        for parameter, grad in zip(module.parameters(), grads, strict=True):
+            one = strategy.full_grad(parameter)
+            assert one is grad is None or torch.equal(one, grad)  # type: ignore[arg-type]
+        assert (0 < num_buckets < len(grads)) == sharding
         norms.append(float(nn.utils.get_total_norm([grad for grad in grads if grad is not None])))
 
     module.on_before_optimizer_step = on_before_optimizer_step  # type: ignore[method-assign]

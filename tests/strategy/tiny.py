@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_moe import MoEConfig, MoEStrategy, ParallelConfig, ParallelMesh, shard_specs
 from lightning_moe.moe.layer import MoELayer
+from lightning_moe.parallel.sharding import ShardSpecs
 
 WIDTH = 16
 TOKENS = 6
@@ -130,7 +131,7 @@ class Recorder(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
     def on_before_optimizer_step(self, trainer: Any, module: pl.LightningModule, optimizer: Any) -> None:
-        self.grads.append({name: whole(module, name, gradient(trainer, p)) for name, p in module.named_parameters()})
+        self.grads.append(wholes(module, gradients(trainer, module)))
 
     def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> Run:
         """The run as the single process would see it; call it on all ranks."""
@@ -139,7 +140,7 @@ class Recorder(pl.Callback):
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, losses)
             losses = [sum(values) / len(values) for values in zip(*gathered, strict=True)]
-        weights = {name: whole(module, name, value) for name, value in module.state_dict().items()}
+        weights = wholes(module, module.state_dict())
         return Run(
             losses,
             self.grads,
@@ -148,20 +149,32 @@ class Recorder(pl.Callback):
         )
 
 
-def gradient(trainer: pl.Trainer, parameter: nn.Parameter) -> Tensor | None:
-    """This rank's (whole) gradient of a parameter, wherever the strategy keeps it."""
-    strategy = trainer.strategy
-    return strategy.full_grad(parameter) if isinstance(strategy, MoEStrategy) else parameter.grad
+def gradients(trainer: pl.Trainer, module: nn.Module) -> dict[str, Tensor | None]:
+    """This rank's (whole) gradients, wherever the strategy keeps them."""
+    strategy, named = trainer.strategy, dict(module.named_parameters())
+    if not isinstance(strategy, MoEStrategy):
+        return {name: parameter.grad for name, parameter in named.items()}
+    return dict(zip(named, strategy.full_grads(named.values()), strict=True))
+
+
+def wholes(module: nn.Module, local: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Assemble whole tensors from all ranks without the package's own gathering; checks that replicas are equal."""
+    local = {name: None if part is None else part.detach().to("cpu", copy=True) for name, part in local.items()}
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return local
+    specs = {name: shard_specs(module).get(name, ()) for name in local}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, {name: ([spec.index for spec in specs[name]], local[name]) for name in local})
+    assert all(parts.keys() == local.keys() for parts in ranks), "ranks have different tensors"
+    return {name: _whole(name, specs[name], [parts[name] for parts in ranks]) for name in local}
 
 
 def whole(module: nn.Module, name: str, local: Tensor | None) -> Tensor | None:
-    """Assemble a whole tensor from all ranks without the package's own gathering; checks that replicas are equal."""
-    local = None if local is None else local.detach().to("cpu", copy=True)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return local
-    specs = shard_specs(module).get(name, ())
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, ([spec.index for spec in specs], local))
+    """One of them."""
+    return wholes(module, {name: local})[name]
+
+
+def _whole(name: str, specs: ShardSpecs, parts: list[tuple[list[Any], Tensor | None]]) -> Tensor | None:
     for _, part in parts[1:]:
         assert (part is None) == (parts[0][1] is None), f"{name}: only some ranks have a gradient"
     if parts[0][1] is None:

@@ -18,7 +18,7 @@ from lightning_moe.config.gpt import ActivationCheckpointing
 from lightning_moe.config.optimizer import OptimizerConfig
 from lightning_moe.models.gpt_moe.block import GPTMoEBlock
 from lightning_moe.parallel.sharding import ShardSpecs, shard_specs, sharded_init_, sharded_parameters, whole_shape
-from tests.strategy.tiny import Run, gradient, trainer
+from tests.strategy.tiny import Run, gradients, trainer
 
 SEQUENCE = 16
 GLOBAL_BATCH = 4
@@ -158,7 +158,7 @@ class LocalRecorder(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
     def on_before_optimizer_step(self, trainer: Any, module: pl.LightningModule, optimizer: Any) -> None:
-        self.grads.append({n: _copy(gradient(trainer, p)) for n, p in module.named_parameters()})
+        self.grads.append({name: _copy(grad) for name, grad in gradients(trainer, module).items()})
 
 
 def local_run(recorder: LocalRecorder, module: pl.LightningModule) -> LocalRun:
