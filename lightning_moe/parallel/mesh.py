@@ -63,12 +63,12 @@ class ParallelMesh:
             if axis is Axis.WORLD or (axis is Axis.TIED and config.pipeline == 1):
                 continue
             for ranks in rank_lists(config, axis):
-                group = alone.get(ranks)
-                if group is None:
-                    desc = str(axis) if len(ranks) > 1 else "alone"
-                    group = dist.new_group(list(ranks), timeout=timeout, group_desc=desc)
-                if len(ranks) == 1:
-                    alone[ranks] = group
+                if ranks in alone:
+                    group = alone[ranks]
+                elif len(ranks) == 1:
+                    group = alone[ranks] = dist.new_group(list(ranks), timeout=timeout, group_desc="alone")
+                else:
+                    group = dist.new_group(list(ranks), timeout=timeout, group_desc=str(axis))
                 if global_rank in ranks:
                     groups[axis] = group
         groups.setdefault(Axis.TIED, groups[Axis.DATA_CONTEXT])  # without a pipeline they reduce the same gradients
