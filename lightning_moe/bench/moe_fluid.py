@@ -203,8 +203,7 @@ class _Blocks:
         """The blocks, exchanging tokens in one way."""
 
         def forward(hidden: Tensor) -> Tensor:
-            given = self._options.sm_margin
-            margin = sm_margin_for(2) if given is None else given
+            margin = sm_margin_for(2, self._options.sm_margin)
             for block in self._each():
                 block.attention.exchange_chunks, block.attention.wait_at_once = way.chunks, way.waits
                 block.attention.sm_margin = margin

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 
 
-def sm_margin_for(ranks: int) -> int:
-    """Multiprocessors to leave to the messages among some ranks, where nobody says how many.
+def sm_margin_for(ranks: int, given: int | None) -> int:
+    """Multiprocessors to leave to the messages among some ranks.
 
-    4 between two ranks, 8 among more. NCCL holds the more multiprocessors, the more ranks messages go to, but products
-    become slower with each that they leave: between two H200 with NVLink 8 cost more than they gain, among four they
-    gain. It depends on nothing that is measured, because it chooses kernels, and with them the last bits of results.
+    What is given; else 4 between two ranks, 8 among more. NCCL holds the more multiprocessors, the more ranks messages
+    go to, but products become slower with each that they leave: between two H200 with NVLink 8 cost more than they
+    gain, among four they gain. It depends on nothing that is measured, because it chooses kernels, and with them the
+    last bits of results.
 
     Args:
         ranks: Ranks of the group.
+        given: What the user says; None if nothing.
     """
+    if given is not None:
+        return given
     return 4 if ranks <= 2 else 8
 
 

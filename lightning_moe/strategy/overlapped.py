@@ -162,7 +162,7 @@ def _attention_margin(config: OverlapConfig | None) -> int:
         return 0
     # More for more ranks has been measured in expert layers alone; over fast links, where NCCL holds more
     # multiprocessors, ``auto`` does not cut heads.
-    return sm_margin_for(2) if config.sm_margin is None else config.sm_margin
+    return sm_margin_for(2, config.sm_margin)
 
 
 def _given_rates(config: OverlapConfig) -> Rates | None:

@@ -75,7 +75,8 @@ def test_a_build_without_the_switch(switches: dict[str, Any], monkeypatch: pytes
 
 
 def test_messages_to_more_ranks_need_more() -> None:
-    assert [sm_margin_for(ranks) for ranks in (1, 2, 3, 4, 8)] == [4, 4, 8, 8, 8]
+    assert [sm_margin_for(ranks, None) for ranks in (1, 2, 3, 4, 8)] == [4, 4, 8, 8, 8]
+    assert [sm_margin_for(ranks, 0) for ranks in (2, 4)] == [0, 0]
 
 
 @pytest.mark.gpu

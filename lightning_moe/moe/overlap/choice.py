@@ -74,6 +74,10 @@ class OverlapChoice:
                 f"overlap: {shape.rows} rows take {blocking} by an all-to-all, {overlapped} with overlap: {chosen}"
             )
 
+    def sm_margin(self, ranks: int) -> int:
+        """Multiprocessors that products leave to the messages among so many ranks."""
+        return sm_margin_for(ranks, self._config.sm_margin)
+
     def _nearest_trial(self, shape: LayerShape) -> tuple[float, float] | None:
         """What was found for the shape, or for that with the most similar number of rows."""
         trials = self.trials or {}
@@ -91,11 +95,6 @@ class OverlapChoice:
                 chosen = chosen._replace(slot_major=_products(shape, chosen) >= self.large_product)
             self._chosen[key] = chosen
         return self._chosen[key]
-
-    def sm_margin(self, ranks: int) -> int:
-        """Multiprocessors that products leave to the messages among so many ranks."""
-        given = self._config.sm_margin
-        return sm_margin_for(ranks) if given is None else given
 
     def _choose(self, shape: LayerShape, config: OverlapConfig) -> Chunking | None:
         if config.dispatch == "blocking":

@@ -81,8 +81,7 @@ def measure_rates(
     if group is None:
         return rates
     link, latency, transfer, seconds = _link_rates(clock, group)
-    count = sm_margin_for(group.size()) if config.sm_margin is None else config.sm_margin
-    margin = SmMargin(count, device)
+    margin = SmMargin(sm_margin_for(group.size(), config.sm_margin), device)
     contention = _contention(clock, experts, times, transfer, seconds, margin) if times else 0.0
     return replace(rates, link_bytes_per_second=link, latency=latency, contention=contention)
 
